@@ -1,0 +1,176 @@
+"""Record, Results: the one tidy table that every run writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from mechdiff.errors import ConfigError
+
+SCHEMA = 1
+
+Question = Literal["rq1", "rq2", "rq3", "rq4"]
+
+QUANTITIES: dict[str, frozenset[str]] = {
+    "rq1": frozenset(
+        "refusal_rate refusal_logodds style_markers toxicity mc_acc mc_acc_norm mc_acc_bytes logprob_correct exact_match bits_per_byte new_token_mass "
+        "cka cka_debiased patch_kl patch_recovery patch_effect patch_onset graft_recovery chosen_layer".split()
+    ),
+    "rq2": frozenset(
+        "r2 r2_median r2_delta cka cka_debiased cosine lambda_ coverage kl_raw kl_mapped kl_reduction patch_agreement effect_correlation new_token_mass".split()
+    ),
+    "rq3": frozenset(
+        "steer_effect ablate_effect interchange_recovery side_effect_pp side_effect_bpb probe_auroc minimal_k_10 minimal_k_20 minimal_k_90 transfer_effect "
+        "gated_effect wrong_way".split()
+    ),
+    "rq4": frozenset(
+        "head_attribution head_own_change graft_recovery completeness_error churn churn_bh churn_p topk_overlap jaccard rbo cumulative_effect cpr cmd "
+        "truth_r truth_overlap".split()
+    ),
+}
+CONTROLS = frozenset(
+    "none identity mean_shift shuffled wrong_layer random self zero mean other_prompt label_swap split_half chance majority_letter base_vs_base".split()
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One number with its doubt.
+
+    Attributes:
+        question: The research question that it answers.
+        quantity: What was measured, one of ``QUANTITIES[question]``.
+        value: The estimate, or None with a ``reason``.
+        n: Number of prompts behind it.
+        unit: ``fraction``, ``nats``, ``pp``, ``layer`` and the like.
+        low: Lower end of the 95 % interval, None where there is none.
+        high: Upper end.
+        site: Activation site such as ``resid_post.12``, None for the whole model.
+        split: ``test``, ``dev``, ``eval`` and the like.
+        control: ``none`` for the quantity itself, else which control this is.
+        params: What else identifies the cell (solver, k, alpha, direction, ...).
+        model: ``base``, ``tuned``, ``reference`` or ``pair``.
+        positions: ``last``, ``user``, ``template`` or ``all``.
+        flags: Warnings about this number, each a short word.
+        reason: Why ``value`` is None.
+        rows: Number of activation rows, where it differs from ``n``.
+    """
+
+    question: Question
+    quantity: str
+    value: float | None
+    n: int
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    site: str | None = None
+    split: str = "test"
+    control: str = "none"
+    params: dict[str, Any] = field(default_factory=dict)
+    model: str = "pair"
+    positions: str | None = None
+    flags: tuple[str, ...] = ()
+    reason: str | None = None
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.quantity in QUANTITIES[self.question], (
+            f"{self.quantity} is not a quantity of {self.question}"
+        )
+        assert self.control in CONTROLS, f"{self.control} is not a control"
+        assert (self.value is None) == (self.reason is not None), (
+            f"{self.quantity}: a missing value needs a reason, and only that"
+        )
+        for number in (self.value, self.low, self.high):
+            assert number is None or math.isfinite(number), f"{self.quantity} at {self.site} is {number}"
+        object.__setattr__(self, "flags", tuple(self.flags))
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What identifies the record among those of a run."""
+        parts = (
+            self.question,
+            self.quantity,
+            self.site,
+            self.positions,
+            self.model,
+            self.split,
+            self.control,
+        )
+        return (*map(str, parts), json.dumps(self.params, sort_keys=True))
+
+
+class Results:
+    """The records of a run and where they come from.
+
+    Args:
+        records: The table.
+        provenance: Versions, seed, pair, hashes, device.
+    """
+
+    def __init__(self, records: Iterable[Record] = (), provenance: dict[str, Any] | None = None) -> None:
+        self.records = list(records)
+        self.provenance = dict(provenance or {})
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def select(self, **where: Any) -> list[Record]:
+        """Return the records whose attributes equal all of ``where``; a key of ``params`` counts as an attribute."""
+        names = {f.name for f in fields(Record)}
+        return [
+            r
+            for r in self.records
+            if all((getattr(r, k) if k in names else r.params.get(k)) == v for k, v in where.items())
+        ]
+
+    def write(self, path: str | Path) -> Path:
+        """Write the table as JSON, whole or not at all.
+
+        Raises:
+            AssertionError: If two records have the same key.
+        """
+        path = Path(path)
+        keys = [r.key for r in self.records]
+        assert len(set(keys)) == len(keys), (
+            f"duplicate records: {sorted(k for k in set(keys) if keys.count(k) > 1)[:3]}"
+        )
+        body = {"schema": SCHEMA, "provenance": self.provenance, "records": [asdict(r) for r in self.records]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(
+            json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        os.replace(part, path)
+        return path
+
+    @classmethod
+    def read(cls, path: str | Path) -> Results:
+        """Read a table written by ``write``.
+
+        Raises:
+            ConfigError: If the file is missing, not a table of records, or of a newer schema.
+        """
+        try:
+            body = json.loads(Path(path).read_text(encoding="utf-8"))
+            schema = body["schema"]
+            if schema != SCHEMA:
+                raise ConfigError(f"{path} has schema {schema}; this version reads {SCHEMA}")
+            return cls([Record(**r) for r in body["records"]], body["provenance"])
+        except ConfigError:
+            raise
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {path}: {error.strerror}; expected a results.json written by a run"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            reason = f"missing key {error}" if isinstance(error, KeyError) else error
+            raise ConfigError(f"{path} is not a results.json: {reason}") from error
