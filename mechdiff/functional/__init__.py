@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: similarity, linear maps, metrics and resampling statistics."""

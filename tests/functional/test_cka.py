@@ -1,0 +1,153 @@
+import itertools
+
+import pytest
+import torch
+
+from mechdiff.errors import FitError
+from mechdiff.functional.cka import cka_jackknife, linear_cka, standardize
+from mechdiff.functional.stats import generator, jackknife
+
+SIZES = (1, 3, 2, 1, 2, 2, 4)
+
+
+def gaussian(*shape, name="x"):
+    return torch.randn(*shape, dtype=torch.float64, generator=generator(0, name, *shape))
+
+
+def rotation(width):
+    return torch.linalg.qr(gaussian(width, width, name="rotation")).Q
+
+
+@pytest.fixture
+def grouped():
+    groups = torch.tensor([g for g, size in enumerate(SIZES) for _ in range(size)])
+    groups = groups[torch.randperm(len(groups), generator=generator(0, "order"))]
+    x = gaussian(len(groups), 3) + gaussian(len(SIZES), 3, name="prompt")[groups]
+    return x, gaussian(len(groups), 4, name="y") + x[:, :1], groups
+
+
+def u_statistic(x, y, groups):
+    """Average over every choice of rows from distinct prompts, each prompt weighing the same."""
+    k, m, g = x @ x.T, y @ y.T, groups.tolist()
+    sums, weights = [0.0] * 3, [0.0] * 3
+    for r in (2, 3, 4):
+        for rows in itertools.permutations(range(len(g)), r):
+            if len({g[i] for i in rows}) == r:
+                weight = 1.0
+                for i in rows:
+                    weight /= g.count(g[i])
+                i, j = rows[:2]
+                other = {2: (i, j), 3: (i, rows[-1]), 4: rows[-2:]}[r]
+                sums[r - 2] += weight * (k[i, j] * m[other]).item()
+                weights[r - 2] += weight
+    a, b, c = (s / w for s, w in zip(sums, weights, strict=True))
+    return a + c - 2 * b
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("form", ["gram", "feature"])
+def test_invariances(grouped, debiased, form):
+    x, y, groups = grouped
+    for labels in (None, groups):
+        options = {"debiased": debiased, "groups": labels, "form": form}
+        assert linear_cka(x, x, **options).item() == pytest.approx(1, abs=1e-12)
+        moved = 7 * y @ rotation(4) + 30
+        expected = linear_cka(x, y, **options).item()
+        assert linear_cka(x, moved, **options).item() == pytest.approx(expected, abs=1e-12)
+        assert linear_cka(y, x, **options).item() == pytest.approx(expected, abs=1e-12)
+        order = torch.randperm(len(x), generator=generator(1))
+        options["groups"] = None if labels is None else labels[order]
+        assert linear_cka(x[order], y[order], **options).item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_gram_form_is_feature_form(debiased):
+    x, y = gaussian(40, 12), gaussian(40, 20, name="y")
+    for groups in (None, torch.arange(40) // 3):
+        gram, feature = (
+            linear_cka(x, y, debiased=debiased, groups=groups, form=f) for f in ("gram", "feature")
+        )
+        assert gram.item() == pytest.approx(feature.item(), abs=1e-12)
+
+
+def test_biased_value_is_the_textbook_formula():
+    x, y = gaussian(30, 5), gaussian(30, 7, name="y")
+    a, b = x - x.mean(0), y - y.mean(0)
+    expected = (a.T @ b).norm() ** 2 / ((a.T @ a).norm() * (b.T @ b).norm())
+    assert linear_cka(x, y).item() == pytest.approx(expected.item(), abs=1e-14)
+
+
+def test_debiased_value_is_song_et_al():
+    def hsic(k, m):
+        n = len(k)
+        k, m = k - k.diag().diag(), m - m.diag().diag()
+        cross = k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 * (k @ m).sum() / (n - 2)
+        return ((k * m).sum() + cross) / (n * (n - 3))
+
+    x, y = gaussian(30, 5) + 2, gaussian(30, 7, name="y")
+    k, m = x @ x.T, y @ y.T
+    expected = hsic(k, m) / (hsic(k, k) * hsic(m, m)).sqrt()
+    assert linear_cka(x, y, debiased=True).item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_grouped_value_is_the_u_statistic_over_prompts(grouped):
+    x, y, groups = grouped
+    pairs = (x, y), (x, x), (y, y)
+    xy, xx, yy = (u_statistic(*pair, groups) for pair in pairs)
+    ours = linear_cka(x, y, debiased=True, groups=groups).item()
+    assert ours == pytest.approx(xy / (xx * yy) ** 0.5, abs=1e-12)
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("form", ["gram", "feature"])
+def test_jackknife_is_the_loop_over_prompts(grouped, debiased, form):
+    x, y, groups = grouped
+    keeps = [groups != g for g in groups.unique()]
+    looped = [linear_cka(x[k], y[k], debiased=debiased, groups=groups[k]) for k in keeps]
+    full = linear_cka(x, y, debiased=debiased, groups=groups).item()
+    expected = jackknife(torch.stack(looped), full)
+    ours = cka_jackknife(x, y, debiased=debiased, groups=groups, form=form)
+    assert ours == pytest.approx(expected, abs=1e-11)
+    assert ours.n == len(SIZES)
+
+
+@pytest.mark.parametrize(("n", "bias"), [(40, 0.99), (450, 0.90)])
+def test_unrelated_wide_states_look_alike_only_to_the_biased_value(n, bias):
+    x, y = (torch.randn(n, 4096, generator=generator(0, name)) for name in "xy")
+    assert linear_cka(x, y).item() == pytest.approx(bias, abs=0.005)
+    debiased = cka_jackknife(x, y)
+    assert abs(debiased.value) < 0.06
+    assert debiased.low < 0 < debiased.high
+
+
+def test_rows_of_one_prompt_do_not_count_as_agreement():
+    prompts = torch.arange(30).repeat_interleave(6)
+    x = gaussian(30, 50)[prompts] + 0.1 * gaussian(180, 50, name="noise")
+    y = gaussian(30, 50, name="y")[prompts] + 0.1 * gaussian(180, 50, name="more noise")
+    assert linear_cka(x, y, debiased=True).item() > 0.3  # repeated rows pass for similarity
+    assert abs(linear_cka(x, y, debiased=True, groups=prompts).item()) < 0.15
+
+
+def test_half_precision_and_large_scales_are_safe():
+    x = gaussian(20, 8)
+    assert linear_cka(x.bfloat16(), x.bfloat16(), debiased=True).item() == pytest.approx(1, abs=1e-12)
+    assert linear_cka(1e60 * x, 1e-60 * x).item() == pytest.approx(1, abs=1e-12)
+
+
+def test_undefined_values_are_refused():
+    x = gaussian(6, 3)
+    with pytest.raises(FitError, match="target states do not vary"):
+        linear_cka(x, torch.full((6, 3), 0.1))
+    with pytest.raises(FitError, match="3 prompts is undefined; at least 4"):
+        linear_cka(x, x, debiased=True, groups=torch.arange(6) // 2)
+    with pytest.raises(FitError, match="at least 5"):
+        cka_jackknife(x[:4], x[:4])
+
+
+def test_standardize_undoes():
+    x = torch.cat([gaussian(10, 3) * 5 + 2, torch.full((10, 1), 4.0, dtype=torch.float64)], 1)
+    states, mean, scale = standardize(x)
+    assert torch.allclose(states * scale + mean, x, atol=1e-12)
+    assert torch.allclose(states[:, :3].std(0, correction=0), torch.ones(3, dtype=torch.float64))
+    assert states[:, 3].abs().max() == 0
+    assert standardize(x.bfloat16()).states.dtype == torch.float32
