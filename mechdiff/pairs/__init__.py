@@ -1,0 +1,1 @@
+"""Two frozen models made comparable: loading, tokenizers, shared vocabulary, alignment."""

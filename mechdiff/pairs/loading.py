@@ -1,0 +1,208 @@
+"""Load the models of a pair: frozen, in evaluation mode, and probed before anything is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from mechdiff.errors import PairError
+from mechdiff.interventions.hooks import get_blocks, record
+from mechdiff.interventions.sites import Site
+from mechdiff.pairs.sources import fingerprint, model_folder
+from mechdiff.pairs.spec import ModelSpec, PairSpec
+from mechdiff.pairs.tokenizers import SharedVocab, load_tokenizer
+
+ROWS_FILE = "new_rows.safetensors"
+_LOADED: dict[tuple[str, str], LoadedPair] = {}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen, probed model with its tokenizer.
+
+    Attributes:
+        role: ``base``, ``tuned`` or ``reference``.
+        model: The language model: evaluation mode, no gradients for parameters.
+        tokenizer: Its tokenizer.
+        fingerprint: Hash of its weights and config.
+        depth: Number of blocks.
+        width: Width of the residual stream.
+        num_heads: Query heads per block.
+        head_dim: Width of one head's z.
+        tied: Whether the unembedding is the embedding.
+    """
+
+    role: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    depth: int
+    width: int
+    num_heads: int
+    head_dim: int
+    tied: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.model.device
+
+
+class LoadedPair:
+    """The models of a pair, each loaded when it is first asked for.
+
+    Args:
+        spec: A checked pair.
+        device: Where the models go.
+    """
+
+    def __init__(self, spec: PairSpec, device: torch.device | str = "cpu") -> None:
+        self.spec = spec
+        self.device = torch.device(device)
+
+    @cached_property
+    def base(self) -> LoadedModel:
+        """The model before tuning."""
+        return self._load("base", self.spec.base)
+
+    @cached_property
+    def tuned(self) -> LoadedModel:
+        """The model after tuning."""
+        return self._load("tuned", self.spec.tuned)
+
+    @cached_property
+    def reference(self) -> LoadedModel | None:
+        """Their common ancestor, where the pair names one."""
+        return self._load("reference", self.spec.reference) if self.spec.reference else None
+
+    @cached_property
+    def shared(self) -> SharedVocab:
+        """The tokens that both models have, by their bytes."""
+        return SharedVocab(self.base.tokenizer, self.tuned.tokenizer)
+
+    def _load(self, role: str, spec: ModelSpec) -> LoadedModel:
+        return load_model(spec, role=role, dtype=getattr(torch, self.spec.dtype), device=self.device)
+
+
+def load_pair(spec: PairSpec, device: torch.device | str = "cpu") -> LoadedPair:
+    """Return the pair of a spec; the same spec and device give the same object, so that one copy serves a whole run.
+
+    Raises:
+        PairError: If the spec is not valid.
+    """
+    key = (repr(spec.check()), str(device))
+    if key not in _LOADED:
+        _LOADED.clear()  # two 8B models fill a card: never hold an earlier pair as well
+        _LOADED[key] = LoadedPair(spec, device)
+    return _LOADED[key]
+
+
+def load_model(
+    spec: ModelSpec,
+    role: str = "base",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> LoadedModel:
+    """Load, grow, merge, freeze and probe one model.
+
+    Raises:
+        PairError: If files are missing or do not fit each other.
+    """
+    key = f"pair.{role}.id"
+    folder = model_folder(spec, key)
+    identity = fingerprint(folder)
+    tokenizer = load_tokenizer(folder)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
+    if spec.adapter:
+        adapter = Path(spec.adapter)
+        model = _adapted(model, adapter, f"pair.{role}.adapter")
+        identity = f"{identity}+{fingerprint(adapter)}"
+        if (adapter / "tokenizer").is_dir():
+            tokenizer = load_tokenizer(adapter / "tokenizer")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise PairError(
+            f"{key}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows; add {ROWS_FILE} to the adapter"
+        )
+    model.requires_grad_(False).eval().to(device)
+    return _probed(role, model, tokenizer, identity)
+
+
+def grow_embeddings(model: PreTrainedModel, rows: Tensor, first_id: int | None = None) -> None:
+    """Write embedding rows for added tokens, in place; tied embeddings stay tied.
+
+    Args:
+        model: The model.
+        rows: Rows ``(added, d_model)`` in the order of the new ids.
+        first_id: Id of the first row; the size of the present table by default. A gap in between is filled with zeros.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    old = embedding.weight.data
+    first = old.shape[0] if first_id is None else first_id
+    table = old.new_zeros(max(first + rows.shape[0], old.shape[0]), old.shape[1])
+    table[: old.shape[0]] = old
+    table[first : first + rows.shape[0]] = rows.to(old)
+    tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
+    embedding.weight, embedding.num_embeddings = nn.Parameter(table), table.shape[0]
+    if isinstance(head, nn.Linear):
+        # Without rows of its own an untied head gives an added token the logit 0, as a padding row would.
+        grown = (
+            embedding.weight
+            if tied
+            else nn.Parameter(
+                torch.cat([head.weight.data, head.weight.new_zeros(len(table) - len(old), old.shape[1])])
+            )
+        )
+        head.weight, head.out_features = grown, table.shape[0]
+    model.config.vocab_size = table.shape[0]
+
+
+def _adapted(model: PreTrainedModel, folder: Path, key: str) -> PreTrainedModel:
+    from peft import PeftModel  # slow to import, and only adapters need it
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise PairError(f"{folder} holds no adapter_model.safetensors (key: {key})")
+    if (folder / ROWS_FILE).is_file():
+        with safe_open(folder / ROWS_FILE, framework="pt") as file:
+            first = (file.metadata() or {}).get("first_id")
+            grow_embeddings(model, file.get_tensor("rows"), int(first) if first else None)
+    return PeftModel.from_pretrained(model, folder, use_safetensors=True).merge_and_unload()
+
+
+@torch.no_grad()
+def _probed(
+    role: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: str
+) -> LoadedModel:
+    """Run two tokens and read off the shapes instead of trusting the config."""
+    depth = len(get_blocks(model))
+    ids = torch.arange(2, device=model.device)[None]
+    sites = [Site(depth - 1), Site(0, "head_z")]
+    with record(model, sites) as seen:
+        logits = model(input_ids=ids, use_cache=False).logits
+    residual, z = seen[sites[0]], seen[sites[1]]
+    if not logits.isfinite().all():
+        raise PairError(
+            f"pair.{role}: a two-token forward of {type(model).__name__} in {model.dtype} gives non-finite logits; try --pair.dtype=float32"
+        )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
+    return LoadedModel(
+        role,
+        model,
+        tokenizer,
+        identity,
+        depth=depth,
+        width=residual.shape[-1],
+        num_heads=z.shape[-2],
+        head_dim=z.shape[-1],
+        tied=tied,
+    )

