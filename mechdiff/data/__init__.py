@@ -1,0 +1,1 @@
+"""What goes in and what is kept: prompts and stored activations."""

@@ -1,0 +1,109 @@
+"""Read prompt files: JSON Lines, one user message per line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+from mechdiff.errors import PromptError
+
+Label = Literal["target", "neutral"]
+Split = Literal["fit", "train", "dev", "eval"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user message.
+
+    Attributes:
+        id: Unique over all files of a pair.
+        text: The message, as the user would type it.
+        lang: Language code such as ``en`` or ``kk``.
+        label: ``target`` where the tuned model is meant to behave differently, else ``neutral``.
+        split: ``fit`` for maps; ``train``, ``dev``, ``eval`` for behaviour.
+        template: Name of the sentence pattern.
+        topic: What it is about.
+        twin: Id of the neutral counterpart of a target.
+    """
+
+    id: str
+    text: str
+    lang: str
+    label: Label
+    split: Split
+    template: str
+    topic: str
+    twin: str | None = None
+
+
+_FIELDS = [f.name for f in fields(Prompt)]
+_REQUIRED = [name for name in _FIELDS if name != "twin"]
+_CHOICES = {"label": get_args(Label), "split": get_args(Split)}
+
+
+def load_prompts(paths: Sequence[str | Path]) -> list[Prompt]:
+    """Read prompts from files, in order.
+
+    Raises:
+        PromptError: If a file is missing, a line is malformed (file and line number are named), or an id occurs twice.
+    """
+    prompts = [prompt for path in paths for prompt in _read(Path(path))]
+    duplicates = [key for key, count in Counter(p.id for p in prompts).items() if count > 1]
+    if duplicates:
+        raise PromptError(
+            f"prompt id {duplicates[0]!r} occurs {sum(p.id == duplicates[0] for p in prompts)} times; ids must be unique (key: pair.prompts)"
+        )
+    return prompts
+
+
+def select(prompts: Iterable[Prompt], split: Split, label: Label | None = None) -> list[Prompt]:
+    """Return the prompts of a split, and of a class if given.
+
+    Raises:
+        PromptError: If there is none.
+    """
+    chosen = [p for p in prompts if p.split == split and label in (None, p.label)]
+    if not chosen:
+        what = f"split {split!r}" + (f" and label {label!r}" if label else "")
+        raise PromptError(f"no prompt has {what}; the files of pair.prompts must hold at least one")
+    return chosen
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """Hash ids and texts, in order."""
+    return hashlib.sha256("\x1e".join(f"{p.id}\x1f{p.text}" for p in prompts).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> Iterable[Prompt]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise PromptError(f"cannot read prompt file {path}: {error.strerror} (key: pair.prompts)") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"prompt file {path} is not UTF-8: byte {error.start} (key: pair.prompts)"
+        ) from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _parse(line, f"{path}:{number}")
+
+
+def _parse(line: str, place: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict) or set(row) - set(_FIELDS) or set(_REQUIRED) - set(row):
+        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise PromptError(f"{place}: keys must be {', '.join(_REQUIRED)} and optionally twin; found {found}")
+    for name, value in row.items():
+        if not (isinstance(value, str) and value.strip()) and not (name == "twin" and value is None):
+            raise PromptError(f"{place}: {name} must be a non-empty string; found {value!r}")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise PromptError(f"{place}: {name} must be one of {', '.join(_CHOICES[name])}; found {value!r}")
+    return Prompt(**row)
