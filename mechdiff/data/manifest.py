@@ -1,0 +1,248 @@
+"""Say what a store of activations was made from and which files belong to it.
+
+1. A store is the folder `<root>/<key>`; the key hashes whatever changes a number: weights, tokenizer, chat
+   template, texts, which positions are kept, type on disk. `manifest.json` holds them in clear, with the
+   examples and the tokens of the template.
+2. Sites are extracted in passes, `pass-<sites>/shard-00000.h5` and so on. A pass exists once its own
+   `manifest.json` does: widths, and rows and checksum of every shard. Without it the folder is ignored.
+3. Manifests are written whole or not at all, and name files of their own folder only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mechdiff.errors import StoreError
+from mechdiff.interventions.sites import Site
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_SHARD = re.compile(r"shard-\d{5}\.h5")
+
+
+@dataclass(frozen=True)
+class StoreIdentity:
+    """Whatever changes a number in a store.
+
+    Attributes:
+        model: Fingerprint of the weights, with the type that they compute in.
+        tokenizer: Hash of the tokenizer.
+        template: Hash of the chat template.
+        prompts: Digest of ids and texts.
+        positions: Which rows are kept: `all`, `user` or `last`.
+        dtype: Type on disk: `float32` or `bfloat16`.
+    """
+
+    model: str
+    tokenizer: str
+    template: str
+    prompts: str
+    positions: str
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        """Name of the store's folder: 16 hexadecimal digits."""
+        text = json.dumps([SCHEMA, asdict(self)], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a store remembers of a prompt; the text itself stays in the prompt file."""
+
+    id: str
+    lang: str
+    label: str
+    topic: str
+    template: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The manifest of a store.
+
+    Attributes:
+        identity: What it is made from.
+        examples: The prompts.
+        prefix: Bytes of each template token before the user's text.
+        suffix: Bytes of each template token after it.
+    """
+
+    identity: StoreIdentity
+    examples: list[Example]
+    prefix: list[bytes]
+    suffix: list[bytes]
+
+    @classmethod
+    def read(cls, folder: Path) -> Contents:
+        """Read the manifest in a store's folder.
+
+        Raises:
+            StoreError: If there is none, or it is malformed.
+        """
+        body = read_json(folder / MANIFEST)
+        try:
+            identity = StoreIdentity(**body["identity"])
+            examples = [Example(**example) for example in body["examples"]]
+            prefix, suffix = ([bytes.fromhex(t) for t in body["template"][k]] for k in ("prefix", "suffix"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{folder / MANIFEST} is not the manifest of a store: {error}") from error
+        return cls(identity, examples, prefix, suffix)
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest into a store's folder."""
+        template = {
+            "prefix": [token.hex() for token in self.prefix],
+            "suffix": [t.hex() for t in self.suffix],
+        }
+        described = {"identity": asdict(self.identity), "template": template}
+        examples = [asdict(example) for example in self.examples]
+        write_json(folder / MANIFEST, {"schema": SCHEMA, **described, "examples": examples})
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One committed file of a pass: its name, rows and checksum (XXH3, 64 bits)."""
+
+    file: str
+    rows: int
+    xxh3: str
+
+    def check(self, folder: Path) -> None:
+        """Refuse a file that is missing or not the one that was committed.
+
+        Raises:
+            StoreError: If so, naming the file.
+        """
+        path = folder / self.file
+        if not _SHARD.fullmatch(self.file) or path.is_symlink():
+            raise StoreError(
+                f"{path} is not a shard: allowed are regular files shard-<5 digits>.h5 in the folder"
+            )
+        if not path.is_file():
+            raise StoreError(f"{path} is missing from the store; run `mechdiff extract` to make it again")
+        if checksum(path) != self.xxh3:
+            raise StoreError(
+                f"{path} is damaged: its checksum has changed; run `mechdiff extract` to make it again"
+            )
+
+    def intact(self, folder: Path) -> bool:
+        """Tell whether `check` accepts the file."""
+        try:
+            self.check(folder)
+        except StoreError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Some sites of a store, in shards.
+
+    Attributes:
+        folder: Where the shards are.
+        widths: Width of the rows at each site.
+        shards: In the order of their rows.
+    """
+
+    folder: Path
+    widths: dict[Site, int]
+    shards: list[Shard]
+
+    @classmethod
+    def read(cls, folder: Path, key: str) -> Pass:
+        """Read the manifest of a pass.
+
+        Raises:
+            StoreError: If it is malformed or belongs to another store.
+        """
+        body = read_json(folder / MANIFEST)
+        try:
+            owner = body["key"]
+            widths = {Site.parse(name): int(width) for name, width in body["sites"].items()}
+            shards = [Shard(str(s["file"]), int(s["rows"]), str(s["xxh3"])) for s in body["shards"]]
+            if not shards or not widths:
+                raise ValueError("it names no shard or no site")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(f"{folder / MANIFEST} is not the manifest of a pass: {error}") from error
+        if owner != key:
+            raise StoreError(f"{folder / MANIFEST} belongs to store {owner}, not to {key}")
+        return cls(folder, widths, shards)
+
+    def write(self, key: str) -> None:
+        """Write the manifest; from then on the pass exists."""
+        sites = {str(site): width for site, width in self.widths.items()}
+        shards = [asdict(shard) for shard in self.shards]
+        write_json(self.folder / MANIFEST, {"schema": SCHEMA, "key": key, "sites": sites, "shards": shards})
+
+    def check(self) -> None:
+        """Check every shard.
+
+        Raises:
+            StoreError: If one is missing or damaged.
+        """
+        for shard in self.shards:
+            shard.check(self.folder)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First row of each shard, and the number of rows."""
+        return list(accumulate((shard.rows for shard in self.shards), initial=0))
+
+
+def passes(folder: Path, key: str) -> list[Pass]:
+    """Read the manifests of all complete passes of a store, without checking their shards.
+
+    Raises:
+        StoreError: If a manifest is malformed, or a pass is a link to somewhere else.
+    """
+    found = [path.parent for path in sorted(folder.glob(f"pass-*/{MANIFEST}"))]
+    for link in filter(Path.is_symlink, found):
+        raise StoreError(f"{link} is a symbolic link; a store holds regular folders only")
+    return [Pass.read(path, key) for path in found]
+
+
+def checksum(path: Path) -> str:
+    """Hash a file (XXH3, 64 bits)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object written by this library.
+
+    Raises:
+        StoreError: If it is missing, not an object, or of a newer schema.
+    """
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(
+            f"cannot read {path}: {error.strerror}; expected a store made by `mechdiff extract`"
+        ) from error
+    except ValueError as error:
+        raise StoreError(f"{path} is not JSON: {error}") from error
+    if not isinstance(body, dict) or body.get("schema") != SCHEMA:
+        raise StoreError(f"{path} is not of schema {SCHEMA}, the one that this version reads")
+    return body
+
+
+def write_json(path: Path, body: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(body, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

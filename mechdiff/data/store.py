@@ -1,0 +1,199 @@
+"""Read the activations of one model from disk.
+
+1. Each shard has columns `rows/{example, region, offset, position}` and one array per site, `sites/<site>`.
+2. Rows lie in the same order in every pass: texts by length, then as given; within a text as the tokens.
+3. Every file is checked when the store is opened. Nothing is filled in for what is missing.
+4. HDF5 has no bfloat16 that h5py reads: it is kept as the bits of a uint16, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdiff.data.manifest import MANIFEST, Contents, Pass, StoreIdentity, passes
+from mechdiff.errors import StoreError
+from mechdiff.interventions.sites import Site
+
+POSITIONS = ("last", "user", "template")
+"""Groups of rows: the final token before the answer; tokens of the user's text; other tokens after it."""
+USER, SUFFIX = 1, 2
+"""Regions of a prompt that are stored; the template before the user's text never is."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_GAP = 256  # rows: reading a gap this wide costs less than a second request
+
+
+class Rows(NamedTuple):
+    """Where each row comes from, integer columns of shape `(rows,)`.
+
+    Attributes:
+        example: Index into the store's examples.
+        region: `USER` or `SUFFIX`.
+        offset: Byte of the user's text where the token ends; in the template, index from its end (last: -1).
+        position: Index of the token in the prompt.
+    """
+
+    example: Tensor
+    region: Tensor
+    offset: Tensor
+    position: Tensor
+
+
+class ActivationStore:
+    """The activations of one model on a list of prompts.
+
+    It keeps no file open, so it can be sent to workers.
+
+    Attributes:
+        folder: Where it is.
+        identity: What it was made from.
+        examples: The prompts, by the index in `rows.example`.
+        prefix: Bytes of each template token before the user's text.
+        suffix: Bytes of each template token after it.
+        rows: Where each row comes from.
+        sites: The sites it holds, in order.
+    """
+
+    def __init__(self, folder: Path, contents: Contents) -> None:
+        self.folder, self.identity, self.examples = folder, contents.identity, contents.examples
+        self.prefix, self.suffix = contents.prefix, contents.suffix
+        found = passes(folder, self.identity.key)
+        if not found:
+            raise StoreError(f"{folder} holds no complete pass; run `mechdiff extract`")
+        self._passes = {site: part for part in reversed(found) for site in part.widths}
+        self.sites = sorted(self._passes)
+        columns = [_read_rows(part) for part in found]
+        self.rows = columns[0]
+        for part, other in zip(found, columns, strict=True):
+            if not all(torch.equal(a, b) for a, b in zip(other, self.rows, strict=True)):
+                raise StoreError(
+                    f"{part.folder} and {found[0].folder} hold different rows; remove one of them"
+                )
+        if len(self) and int(self.rows.example.max()) >= len(self.examples):
+            raise StoreError(f"{folder / MANIFEST} lists {len(self.examples)} examples; its rows name more")
+
+    @classmethod
+    def open(cls, folder: str | Path, identity: StoreIdentity | None = None) -> ActivationStore:
+        """Open a store and check all of its files.
+
+        Args:
+            folder: The store's folder, `<root>/<key>`.
+            identity: What it must have been made from, if that is known.
+
+        Raises:
+            StoreError: If it is missing, incomplete or damaged, or was made from something else.
+        """
+        folder = Path(folder)
+        contents = Contents.read(folder)
+        for field in fields(identity) if identity else ():
+            want, have = getattr(identity, field.name), getattr(contents.identity, field.name)
+            if want != have:
+                differs = f"another {field.name}: {have!r}, wanted {want!r}"
+                raise StoreError(f"{folder} was made from {differs} (key: extraction)")
+        for part in passes(folder, contents.identity.key):
+            part.check()
+        return cls(folder, contents)
+
+    def __len__(self) -> int:
+        return self.rows.example.numel()
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """Index into `POSITIONS` of each row, `(rows,)`.
+
+        Where no template follows the user's text, its last token is the last one before the answer.
+        """
+        example, region, offset, position = self.rows
+        groups = torch.where(region == USER, POSITIONS.index("user"), POSITIONS.index("template"))
+        last = (region == SUFFIX) & (offset == -1)
+        if not self.suffix:
+            ends = torch.full((len(self.examples),), -1).scatter_reduce(0, example, position, "amax")
+            last = position == ends[example]
+        return torch.where(last, POSITIONS.index("last"), groups)
+
+    def width(self, site: Site | str) -> int:
+        """Return the width of the rows at a site; that of all heads together for head sites."""
+        return self._pass(site).widths[Site.parse(site)]
+
+    def read(self, site: Site | str, rows: Tensor | None = None) -> Tensor:
+        """Read rows of a site.
+
+        Args:
+            site: Which activations.
+            rows: Indices `(n,)` in any order; all rows by default.
+
+        Returns:
+            Activations `(n, width)`, float32.
+
+        Raises:
+            StoreError: If the store does not hold the site or a shard cannot be read.
+        """
+        part, name = self._pass(site), str(Site.parse(site))
+        index = np.arange(len(self)) if rows is None else rows.numpy()
+        assert index.size == 0 or (index.min() >= 0 and index.max() < len(self)), "row out of range"
+        order = np.argsort(index, kind="stable")
+        wanted = index[order]
+        out = torch.empty(len(index), self.width(site))
+        for shard, start, end in zip(part.shards, part.starts, part.starts[1:], strict=False):
+            first, stop = np.searchsorted(wanted, [start, end])
+            local, places = wanted[first:stop] - start, order[first:stop]
+            if not local.size:
+                continue
+            with _opened(part.folder / shard.file) as file:
+                data = file[f"sites/{name}"]
+                for run in np.split(np.arange(local.size), np.flatnonzero(np.diff(local) > _GAP) + 1):
+                    low, high = local[run[0]], local[run[-1]] + 1
+                    out[places[run]] = decode(data[low:high], self.identity.dtype)[local[run] - low]
+        return out
+
+    def blocks(self, site: Site | str, size: int = 4096) -> Iterator[Tensor]:
+        """Read a site in order, `size` rows at a time."""
+        for rows in torch.arange(len(self)).split(size):
+            yield self.read(site, rows)
+
+    def _pass(self, site: Site | str) -> Pass:
+        site = Site.parse(site)
+        if site not in self._passes:
+            held = ", ".join(map(str, self.sites))
+            raise StoreError(f"{self.folder} does not hold site {site}; it holds {held} (key: data.sites)")
+        return self._passes[site]
+
+
+def encode(values: Tensor, dtype: str) -> np.ndarray:
+    """Turn activations into what is written; bfloat16 is kept as the bits of a uint16."""
+    values = values.to(DTYPES[dtype]).contiguous()
+    return values.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else values.numpy()
+
+
+def decode(values: np.ndarray, dtype: str) -> Tensor:
+    """Turn what was written back into activations, float32."""
+    if dtype == "bfloat16":
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).float()
+    return torch.from_numpy(values)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, KeyError) as error:
+        raise StoreError(f"cannot read {path}: {error}") from error
+
+
+def _read_rows(part: Pass) -> Rows:
+    columns: list[list[np.ndarray]] = [[] for _ in Rows._fields]
+    for shard in part.shards:
+        with _opened(part.folder / shard.file) as file:
+            for column, name in zip(columns, Rows._fields, strict=True):
+                column.append(file[f"rows/{name}"][:].astype(np.int64))
+    return Rows(*(torch.from_numpy(np.concatenate(column)) for column in columns))

@@ -1,0 +1,311 @@
+"""Run a frozen model over prompts and keep what its sites hold.
+
+1. The prompts become a plan of batches and shards, the same for any number of processes.
+2. `Extractor` is what Lightning's predict runs: one forward per batch, ended after the highest wanted block;
+   `ActivationWriter` puts the rows on disk at once, so memory does not grow with the number of texts.
+3. `ensure_store` asks for what a store lacks and nothing else: sites are passes, committed shards are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+from filelock import FileLock, Timeout
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from mechdiff.data import prompts as prompt_files
+from mechdiff.data.manifest import MANIFEST, Contents, Example, StoreIdentity, passes
+from mechdiff.data.prompts import Prompt
+from mechdiff.data.store import DTYPES, ActivationStore
+from mechdiff.errors import ActivationError, ConfigError, StoreError
+from mechdiff.extraction.plan import KEPT, Batch, Plan, PlannedBatches, encode_prompts
+from mechdiff.extraction.writer import ActivationWriter
+from mechdiff.interventions.hooks import record, stop_after
+from mechdiff.interventions.sites import Site, check_layers
+from mechdiff.pairs.alignment import template_tokens
+
+if TYPE_CHECKING:
+    from mechdiff.pairs.loading import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExtractionSpec:
+    """How activations are extracted and kept."""
+
+    root: str = "stores"
+    """Folder of all stores."""
+    positions: Literal["all", "user", "last"] = "all"
+    """Rows kept: all after the template's fixed beginning, those of the user's text, or the last one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type on disk; the model computes in its own."""
+    tokens_per_batch: int = 1024
+    """Tokens of a batch, padding included."""
+    batches_per_shard: int = 16
+    """Batches per file; an interrupted run loses at most one file per process."""
+
+    def check(self) -> ExtractionSpec:
+        """Refuse values out of range.
+
+        Raises:
+            ConfigError: Naming the value, the allowed range and the key.
+        """
+        for name, allowed in (("positions", tuple(KEPT)), ("dtype", tuple(DTYPES))):
+            if getattr(self, name) not in allowed:
+                got = f"{getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+                raise ConfigError(f"{name} is {got} (key: extraction.{name})")
+        for name in ("tokens_per_batch", "batches_per_shard"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; allowed: 1 or more (key: extraction.{name})")
+        return self
+
+
+class Extractor(L.LightningModule):
+    """Read sites of a frozen model.
+
+    The model is held by a plain dataclass: as a child module it would be broadcast to every process and enter
+    checkpoints.
+
+    Args:
+        source: The model.
+        sites: What to read.
+        plan: The batches.
+        writer: Knows which shards are still missing.
+        ids: Ids of the prompts, to name one in a message.
+    """
+
+    def __init__(
+        self,
+        source: LoadedModel,
+        sites: Sequence[Site],
+        plan: Plan,
+        writer: ActivationWriter,
+        ids: Sequence[str],
+    ) -> None:
+        super().__init__()
+        self.source, self.sites, self.plan, self.writer, self.ids = source, sites, plan, writer, ids
+
+    def predict_dataloader(self) -> PlannedBatches:
+        """Return the batches that this process has to run."""
+        shards = self.writer.missing(self.trainer.global_rank, self.trainer.world_size)
+        return PlannedBatches(self.plan, shards, self.source.tokenizer.pad_token_id)
+
+    def on_predict_start(self) -> None:
+        """Move the model, which Lightning does not see, to this process's device."""
+        self.source.model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+
+    def predict_step(self, batch: Batch) -> dict[Site, Tensor]:
+        """Run one batch.
+
+        Returns:
+            For each site, the wanted rows `(rows, width)` on the CPU, in the type of the disk.
+
+        Raises:
+            ActivationError: If one is NaN or infinite, naming the prompt and the site.
+        """
+        model = self.source.model
+        text, token = batch.where.unbind(-1)
+        with record(model, self.sites) as states, stop_after(model, max(site.layer for site in self.sites)):
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        dtype = DTYPES[self.writer.dtype]
+        rows = {site: states[site][text, token].flatten(1).to(dtype).cpu() for site in self.sites}
+        for site, values in rows.items():
+            finite = values.isfinite().all(dim=1)
+            if not finite.all():
+                where = int(finite.int().argmin())
+                prompt, position = self.ids[int(batch.rows.example[where])], int(batch.rows.position[where])
+                raise ActivationError(
+                    f"{self.source.role}: the activation of prompt {prompt!r}, token {position}, at {site} "
+                    f"(layer {site.layer}) is NaN or infinite; allowed: finite values (key: pair.dtype, now "
+                    f"{str(model.dtype).removeprefix('torch.')})"
+                )
+        return rows
+
+
+class _Progress(TQDMProgressBar):
+    """Lightning's progress bar with a description of its own."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__()
+        self._description = description
+
+    @property
+    def predict_description(self) -> str:
+        return self._description
+
+
+def ensure_store(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    sites: Iterable[Site | str],
+    spec: ExtractionSpec,
+    *,
+    trainer_kwargs: dict[str, Any] | None = None,
+    trainer_factory: Callable[..., L.Trainer] = L.Trainer,
+) -> ActivationStore:
+    """Open the store of a model on some prompts, after extracting the sites that it lacks.
+
+    Every process of a distributed run calls this; one of them takes the lock and writes manifests.
+
+    Args:
+        model: The frozen model.
+        prompts: The texts.
+        sites: What to read; sites that the store holds already are not computed again.
+        spec: Where and how.
+        trainer_kwargs: Options of the trainer (devices, strategy, ...); one device, the model's, by default.
+        trainer_factory: What makes the trainer.
+
+    Returns:
+        The store, all of its files checked.
+
+    Raises:
+        ConfigError: If the spec is out of range.
+        SiteError: If the model lacks a site.
+        PromptError: If a prompt does not fit into the model.
+        ActivationError: If an activation is not finite.
+        StoreError: If the folder cannot be written, or another process is busy with it.
+    """
+    wanted = sorted({Site.parse(site) for site in sites})
+    check_layers(wanted, model.depth)
+    prefix, suffix = template_tokens(model.tokenizer)
+    identity = store_identity(model, prompts, spec.check(), prefix, suffix)
+    folder = Path(os.path.abspath(spec.root)) / identity.key
+    examples = [Example(p.id, p.lang, p.label, p.topic, p.template) for p in prompts]
+    contents = Contents(identity, examples, prefix, suffix)
+    described = (folder / MANIFEST).exists() and Contents.read(folder) == contents
+    if not described or _todo(folder, identity.key, wanted):
+        with _alone(folder):
+            if _first():  # a new topic or label of an old text is no reason to extract again
+                contents.write(folder)
+            for part in _todo(folder, identity.key, wanted):
+                run = trainer_kwargs or {}
+                _extract(model, prompts, part, spec, folder, identity.key, run, trainer_factory)
+    return ActivationStore.open(folder, identity)
+
+
+def store_identity(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    spec: ExtractionSpec,
+    prefix: list[bytes],
+    suffix: list[bytes],
+) -> StoreIdentity:
+    """Say what a store would be made from, without making it."""
+    backend = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    for name in ("padding", "truncation"):  # every call of the tokenizer changes them
+        backend.pop(name, None)
+    return StoreIdentity(
+        model=f"{model.fingerprint}/{str(model.model.dtype).removeprefix('torch.')}",
+        tokenizer=_hash(backend),
+        template=_hash([model.tokenizer.chat_template, [t.hex() for t in prefix], [t.hex() for t in suffix]]),
+        prompts=prompt_files.digest(prompts),
+        positions=spec.positions,
+        dtype=spec.dtype,
+    )
+
+
+def _hash(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _todo(folder: Path, key: str, wanted: list[Site]) -> list[list[Site]]:
+    """List the passes to run: those with a broken shard, again, then the sites that no pass has."""
+    found = passes(folder, key)
+    todo = []
+    for part in found:
+        broken = [shard.file for shard in part.shards if not shard.intact(part.folder)]
+        if broken:
+            log.warning("%s is missing or damaged; extracting it again", part.folder / broken[0])
+            todo.append(sorted(part.widths))
+    missing = [site for site in wanted if not any(site in part.widths for part in found)]
+    return [*todo, missing] if missing else todo
+
+
+def _extract(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    sites: list[Site],
+    spec: ExtractionSpec,
+    folder: Path,
+    key: str,
+    trainer_kwargs: dict[str, Any],
+    trainer_factory: Callable[..., L.Trainer],
+) -> None:
+    """Run one pass."""
+    context = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    encoded = encode_prompts(model.tokenizer, prompts, context)
+    plan = Plan(encoded, spec.positions, spec.tokens_per_batch, spec.batches_per_shard)
+    into = folder / f"pass-{_hash([str(site) for site in sites])}"
+    into.mkdir(exist_ok=True)
+    writer = ActivationWriter(into, plan.shards, key, spec.dtype)
+    extractor = Extractor(model, sites, plan, writer, [prompt.id for prompt in prompts])
+    options: dict[str, Any] = {
+        "accelerator": model.device.type,
+        "devices": 1 if model.device.index is None else [model.device.index],
+        "enable_model_summary": False,
+        **trainer_kwargs,
+    }
+    callbacks = [writer, *(options.pop("callbacks", None) or [])]
+    if options.get("enable_progress_bar", True):
+        plural = "site" if len(sites) == 1 else "sites"
+        callbacks.append(_Progress(f"extracting {model.role}, {len(sites)} {plural}"))
+    # What correctness rests on is not the user's to set. Without inference mode, no buffer that the model
+    # makes on the way is left unusable for gradients.
+    options |= {
+        "logger": False,
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+        "inference_mode": False,
+        "precision": "32-true",
+        "limit_predict_batches": None,
+        "fast_dev_run": False,
+    }
+    trainer = trainer_factory(callbacks=callbacks, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Couldn't infer the batch indices")  # rows say where they come from
+        warnings.filterwarnings("ignore", "Total length of")  # a process may have nothing to do
+        trainer.predict(extractor, return_predictions=False)
+    trainer.strategy.barrier("shards")
+    if trainer.is_global_zero:
+        writer.finish()
+    trainer.strategy.barrier("manifest")
+
+
+def _first() -> bool:
+    """Tell whether this is the first process; known from the environment, before a trainer exists."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs away from a store while this one writes."""
+    if not _first():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=-1)
+        # Processes that were started together must all see the same store: waiting would let it change.
+        lock.acquire(timeout=0 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else -1)
+    except Timeout as error:
+        raise StoreError(f"another run is writing {folder}; wait for it (key: extraction.root)") from error
+    except OSError as error:
+        raise StoreError(f"cannot write to {folder}: {error.strerror} (key: extraction.root)") from error
+    try:
+        yield
+    finally:
+        lock.release()
