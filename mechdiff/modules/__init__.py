@@ -1,0 +1,7 @@
+"""What is fitted: LightningModules over stored activations, with no language model in them."""
+
+from mechdiff.modules.base import DiffModule
+from mechdiff.modules.clt import CLTMap
+from mechdiff.modules.clt_sgd import CLTMapSGD
+
+__all__ = ["CLTMap", "CLTMapSGD", "DiffModule"]
