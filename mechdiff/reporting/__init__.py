@@ -1,0 +1,1 @@
+"""Tables, figures and logs, drawn from the records of a run."""

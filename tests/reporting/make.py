@@ -1,0 +1,120 @@
+"""Plausible records of a map run."""
+
+import random
+
+from mechdiff.results import Record, Results
+
+Q = {"question": "rq2"}
+
+
+def _around(value: float, spread: float) -> dict[str, float]:
+    return {"value": value, "low": value - spread, "high": value + spread}
+
+
+def map_run(layers: list[int], seed: int = 0) -> Results:
+    """Records with a first site below the first changed weight, negative values and far-off controls."""
+    rng = random.Random(seed)
+    records: list[Record] = []
+    for i, layer in enumerate(layers):
+        depth = (i + 1) / len(layers)
+        site, small = f"resid_post.{layer}", i == 0 and len(layers) > 1
+        for group, rows in (("last", 131), ("user", 2711), ("template", 393)):
+            cell = {"site": site, "positions": group, "n": 131, "rows": rows, "unit": "fraction"}
+            params = {"solver": "ridge", "lambda_": 0.01}
+            gap = 0.002 + 0.05 * depth * rng.uniform(0.5, 1.5)
+            delta = {"last": 0.72, "user": 0.35, "template": -0.18}[group] * (0.4 + 0.6 * depth) + rng.gauss(
+                0, 0.03
+            )
+            flags = ("lambda_edge",) if group == "template" else ()
+            if small:
+                records.append(
+                    Record(
+                        **Q, **cell, quantity="r2_delta", value=None, reason="gap_too_small", params=params
+                    )
+                )
+                gap = 0.0005
+            else:
+                records.append(
+                    Record(
+                        **Q, **cell, quantity="r2_delta", **_around(delta, 0.05), params=params, flags=flags
+                    )
+                )
+                for control, value in (("mean_shift", 0.12), ("shuffled", -0.06), ("wrong_layer", -3.4)):
+                    value += rng.gauss(0, 0.02)
+                    records.append(
+                        Record(**Q, **cell, quantity="r2_delta", value=value, control=control, params=params)
+                    )
+                records.append(
+                    Record(**Q, **cell, quantity="r2_delta", value=0.0, control="identity", params=params)
+                )
+            mapped = gap * (1 - max(delta, -0.5))
+            records += [
+                Record(**Q, **cell, quantity="r2", **_around(1 - mapped, mapped / 8), params=params),
+                Record(
+                    **Q, **cell, quantity="r2", **_around(1 - gap, gap / 8), control="identity", params=params
+                ),
+                Record(**Q, **cell, quantity="cka", value=0.9 + 0.09 * depth, params=params),
+            ]
+        for group in ("last", "all"):
+            cell = {"site": site, "positions": group, "n": 120, "split": "eval", "unit": "nats"}
+            raw = 0.0008 if small else (0.05 + 0.9 * depth**2) * (1.6 if group == "all" else 1.0)
+            factor = 0.35 if group == "last" else 0.6
+            records += [
+                Record(**Q, **cell, quantity="kl_raw", **_around(raw, raw / 6)),
+                Record(**Q, **cell, quantity="kl_mapped", **_around(raw * factor, raw / 10)),
+                Record(**Q, **cell, quantity="kl_mapped", value=raw * 0.8, control="mean_shift"),
+                Record(**Q, **cell, quantity="kl_mapped", value=raw * 1.1 + 0.02, control="shuffled"),
+                Record(**Q, **cell, quantity="kl_mapped", value=raw * 2 + 1.5, control="wrong_layer"),
+                Record(**Q, **cell, quantity="kl_raw", value=1.2e-7, control="self"),
+            ]
+            cell["unit"] = "fraction"
+            into_base = {"direction": "into_base"}
+            if small:
+                records.append(
+                    Record(**Q, **cell, quantity="kl_reduction", value=None, reason="gap_too_small")
+                )
+                records.append(
+                    Record(
+                        **Q,
+                        **cell,
+                        quantity="patch_agreement",
+                        value=None,
+                        reason="gap_too_small",
+                        params=into_base,
+                    )
+                )
+                continue
+            records += [
+                Record(**Q, **cell, quantity="kl_reduction", **_around(1 - factor, 0.05)),
+                Record(
+                    **Q,
+                    **cell,
+                    quantity="patch_agreement",
+                    **_around(0.3 + 0.4 * depth, 0.08),
+                    params=into_base,
+                ),
+                Record(
+                    **Q,
+                    **cell,
+                    quantity="patch_agreement",
+                    value=0.15,
+                    control="mean_shift",
+                    params=into_base,
+                ),
+                Record(
+                    **Q,
+                    **cell,
+                    quantity="patch_agreement",
+                    value=-7.5,
+                    control="wrong_layer",
+                    params=into_base,
+                ),
+                Record(
+                    **Q,
+                    **cell,
+                    quantity="effect_correlation",
+                    **_around(0.2 + 0.6 * depth, 0.1),
+                    params=into_base,
+                ),
+            ]
+    return Results(records, {"pair": {"name": "cultural_smol"}, "seed": 17})
