@@ -1,0 +1,6 @@
+"""Test a fitted module on the frozen pair: ``python evaluate.py --config configs/clt_cultural.yaml --ckpt_path ...``."""
+
+from mechdiff.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main("test"))

@@ -1,0 +1,38 @@
+"""The ``mechdiff`` command; each verb is a module of ``mechdiff.commands`` and is imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import mechdiff
+
+VERBS = {"extract": "extract the activations that a configuration needs, on any number of devices, and stop"}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run a verb.
+
+    Args:
+        args: Command line; ``sys.argv[1:]`` by default.
+    """
+    args = sys.argv[1:] if args is None else args
+    if args[:1] == ["--version"]:
+        print(f"mechdiff {mechdiff.__version__}")
+        return 0
+    if not args or args[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if args[0] not in VERBS:
+        print(f"mechdiff: unknown command {args[0]!r}; allowed: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    return int(import_module(f"mechdiff.commands.{args[0]}").main(args[1:]))
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {name:<10}{what}" for name, what in VERBS.items())
+    return f"usage: mechdiff [--version] <command> [--help] ...\n\ncommands:\n{verbs}\n\nFit and test with train.py and evaluate.py."
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
