@@ -73,7 +73,7 @@ def test_windows_line_ends(tmp_path: Path) -> None:
 )
 def test_a_bad_line_is_named_by_file_and_number(bad: str, message: str, tmp_path: Path) -> None:
     path = write(tmp_path, line(id="good"), bad)
-    with pytest.raises(PromptError, match=f"^{re.escape(str(path) + message)}$"):
+    with pytest.raises(PromptError, match=f"^{re.escape(f'{path}{message} (key: pair.prompts)')}$"):
         load_prompts([path])
 
 
