@@ -1,4 +1,4 @@
-"""Test a fitted module on the frozen pair: ``python evaluate.py --config configs/clt_cultural.yaml --ckpt_path ...``."""
+"""Test on the frozen pair: ``python evaluate.py --config configs/clt_cultural.yaml --ckpt_path FILE``."""
 
 from mechdiff.cli import main
 

@@ -1,4 +1,4 @@
-"""The ``mechdiff`` command; each verb is a module of ``mechdiff.commands`` and is imported when it is called."""
+"""The ``mechdiff`` command; each verb is a module of ``mechdiff.commands``, imported when it is called."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def main(args: list[str] | None = None) -> int:
 
 def _help() -> str:
     verbs = "\n".join(f"  {name:<10}{what}" for name, what in VERBS.items())
-    return f"usage: mechdiff [--version] <command> [--help] ...\n\ncommands:\n{verbs}\n\nFit and test with train.py and evaluate.py."
+    usage = "usage: mechdiff [--version] <command> [--help] ..."
+    return f"{usage}\n\ncommands:\n{verbs}\n\nFit and test with train.py and evaluate.py."
 
 
 if __name__ == "__main__":

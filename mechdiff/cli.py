@@ -9,55 +9,64 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
+from mechdiff import prepare
 from mechdiff.callbacks import CausalEvaluation
-from mechdiff.config import SEED, fallback_layers
+from mechdiff.callbacks.patching import read_openings
+from mechdiff.config import SEED
 from mechdiff.data.activations import ActivationPairs
-from mechdiff.data.prompts import Prompt, load_prompts, select
+from mechdiff.data.prompts import load_prompts
 from mechdiff.errors import CheckpointError, ConfigError, UsageError
-from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
+from mechdiff.extraction.extractor import ExtractionSpec
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.modules import DiffModule
-from mechdiff.pairs.loading import LoadedPair, load_pair
-from mechdiff.pairs.spec import ModelSpec, PairSpec
+from mechdiff.pairs.loading import load_pair
+from mechdiff.pairs.spec import PairSpec
+from mechdiff.parser import OneLineParser, replace_whole_pairs
 from mechdiff.provenance import provenance
 from mechdiff.reporting.run import write_run
 from mechdiff.results import Record, Results
 
-NESTED_UNION = (
-    "Does not validate",
-    "Subtypes:",
-    "Errors:",
-    "Expected a <class 'NoneType'>",
-    "Given value type:",
-    "Given value:",
-)
-"""How jsonargparse words that a value fits none of several types; the other lines say what is wrong with it."""
-FAST_FAMILIES = 8
-"""Groups of prompts (one language, class and topic) that ``fast_dev_run`` keeps."""
+USAGE = "%(prog)s --config FILE [--pair FILE] [--layers LIST] [--KEY=VALUE ...]"
+ABOUT = "Compare a language model with its tuned sibling. Every key of a configuration is an option."
 
 
-class OneLineParser(LightningArgumentParser):
-    """Says what is wrong in one line instead of a usage page."""
+class SaveRun(SaveConfigCallback):
+    """Saves the configuration without the stores found for it, so that it runs again where they are not."""
 
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        """Print the message and exit with code 2."""
-        lines = [line.strip(" -\t") for line in message.splitlines()]
-        lines = [line for line in lines if line and not line.startswith(NESTED_UNION)]
-        print(f"mechdiff: {'; '.join(lines)}", file=sys.stderr)
-        raise SystemExit(2)
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        config = config.clone()
+        for role in {"source", "target"} & set(config.data.init_args.keys()):
+            config.data.init_args[role] = ""
+        super().__init__(parser, config, **kwargs)
+
+
+class StoreKeys(Callback):
+    """Keeps in every checkpoint which stores, and which split of their prompts, it was fitted to."""
+
+    state_key = prepare.STORES
+
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        self.keys = dict(keys)
+
+    def state_dict(self) -> dict[str, str]:
+        """Return the keys by role."""
+        return self.keys
 
 
 class MechdiffCLI(LightningCLI):
@@ -72,43 +81,55 @@ class MechdiffCLI(LightningCLI):
 
     def __init__(self, verb: str, args: Sequence[str] | None = None) -> None:
         self.verb = verb
+        self._stored: dict[str, Any] | None = None
         super().__init__(
             DiffModule,
             LightningDataModule,
+            save_config_callback=SaveRun,
+            save_config_kwargs={"overwrite": True},
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=SEED,
             parser_class=OneLineParser,
-            parser_kwargs={verb: {"description": __doc__}},
+            parser_kwargs={verb: {"description": ABOUT, "usage": USAGE}},
             args=args,  # type: ignore[arg-type]
         )
 
-    # --- parsing -----------------------------------------------------------------------------------------------------
+    # --- parsing ----------------------------------------------------------------------------------------
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Offer the fixed verb alone."""
         return {self.verb: LightningCLI.subcommands()[self.verb]}
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse with the verb put first."""
-        self.config = parser.parse_args([self.verb, *(sys.argv[1:] if args is None else args)])
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to a run rather than to one class."""
-        parser.add_argument(
-            "--pair", type=PairSpec, help="The two models: a YAML file, or --pair.tuned.id and so on."
-        )
-        _replace_whole_pairs(parser)
-        layers_help = (
-            "Layers or site names to look at, or fallback (the default layers scaled to the model's depth)."
-        )
+        pair_help = "The two models: a YAML file, or --pair.tuned.id and so on."
+        parser.add_argument("--pair", type=PairSpec, help=pair_help)
+        replace_whole_pairs(parser)
+        layers_help = "Layers or sites; fallback or stride; or an rq1 run's results.json for its choice."
         parser.add_argument("--layers", type=list[int | str] | str, default="fallback", help=layers_help)
         parser.add_class_arguments(ExtractionSpec, "extraction")
         for name in ("d_source", "d_target", "noise"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
-    # --- before anything is built --------------------------------------------------------------------------------------
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse with the verb put first; make paths absolute; read what the checkpoint says of itself."""
+        OneLineParser.typed = list(sys.argv[1:] if args is None else args)
+        self.config = parser.parse_args([self.verb, *OneLineParser.typed])
+        prepare.make_absolute(self.cfg)
+        path = self.cfg.get("ckpt_path")
+        if path and path != "last":
+            self._stored = prepare.read_checkpoint(path)
+            prepare.check_class(path, self._stored, self.cfg.model)
+            defaults = parser.get_defaults().get(f"{self.verb}.model.init_args") or {}
+            self._warn_of_overridden(path, defaults)
+        elif self.verb == "test" and prepare.needs_fit(self.cfg.model):
+            newest = prepare.newest_checkpoint(self.cfg.trainer.logger)
+            hint = f"the newest of this configuration is {newest}" if newest else "run train.py with it first"
+            raise CheckpointError(f"a test needs a fit; pass --ckpt_path; {hint} (key: ckpt_path)")
+
+    # --- before anything is built -----------------------------------------------------------------------
 
     @property
     def cfg(self) -> Namespace:
@@ -120,165 +141,198 @@ class MechdiffCLI(LightningCLI):
         """Whether this is a trial of the plumbing, which leaves nothing behind."""
         return bool(self.cfg.trainer.fast_dev_run)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the run leaves anything: it needs a logger's folder or one of its own."""
+        trainer = self.cfg.trainer
+        return not self.fast and (
+            trainer.logger not in (False, []) or trainer.default_root_dir != self._scratch.name
+        )
+
     def before_instantiate_classes(self) -> None:
         """Settle the pair, the prompts and the sites, and fill the stores."""
-        self.pair = self._pair()
-        self.prompts = load_prompts(self.pair.spec.prompts)
+        cfg, trainer = self.cfg, self.cfg.trainer
+        self._scratch = tempfile.TemporaryDirectory(prefix="mechdiff-")
+        if self.fast:  # one process is trial enough
+            trainer.devices = trainer.devices[:1] if isinstance(trainer.devices, list) else 1
+            trainer.strategy = "auto"
+        if self.fast or (trainer.logger in (False, []) and trainer.default_root_dir is None):
+            trainer.default_root_dir = self._scratch.name
+        if cfg.weights_only is None:
+            cfg.weights_only = True
+        self._settle_seed()
+        spec = prepare.pair_spec(cfg.get("pair"))
+        self.prompts = prepare.few(load_prompts(spec.prompts)) if self.fast else load_prompts(spec.prompts)
+        if spec.openings:
+            read_openings(Path(spec.openings))  # a mistake in them would show after the fit only
+        asked = prepare.parse_layers(cfg.layers)
+        data, model = cfg.data.init_args, cfg.model.init_args
+        sources = prepare.parse_layers(data.get("source_sites") or "fallback")
+        extraction = ExtractionSpec(**cfg.extraction.as_dict()).check()
         if self.fast:
-            self.prompts = _few(self.prompts)
-        self._check_checkpoint()
-        sites = self._sites(self.pair.base.depth, self.pair.tuned.depth)
-        spec = ExtractionSpec(**self.cfg.extraction.as_dict())
-        if self.fast:
-            self._scratch = tempfile.TemporaryDirectory(prefix="mechdiff-")
-            spec = ExtractionSpec(**{**asdict(spec), "root": self._scratch.name})
-        fit, sources = (
-            select(self.prompts, "fit"),
-            [Site.parse(s) for s in self.cfg.data.init_args.get("source_sites") or sites],
-        )
-        self.stores = {
-            "source": ensure_store(
-                self.pair.base, fit, sources, spec, trainer_kwargs=self.extraction_trainer()
-            ),
-            "target": ensure_store(
-                self.pair.tuned, fit, sites, spec, trainer_kwargs=self.extraction_trainer()
-            ),
-        }
-        data, model = self.cfg.data.init_args, self.cfg.model.init_args
-        for role, store in self.stores.items():
-            data[role] = str(store.folder)
+            extraction = replace(extraction, root=self._scratch.name)
+            data.tokens = None
+        self.pair = load_pair(spec, prepare.device(trainer))
+        stride = cfg.layers == "stride"
+        sites = prepare.settle_sites(asked, self.pair.base.depth, self.pair.tuned.depth, stride=stride)
+        sources = sites if sources is None else sources
+        check_layers(sources, self.pair.base.depth, "data.source_sites")
         data.sites = model.sites = [str(site) for site in sites]
         if data.get("source_sites"):
-            model.source_sites = data.source_sites
-        if self.fast:
-            data.tokens = None
+            model.source_sites = data.source_sites = [str(site) for site in sources]
+        if self._stored:
+            prepare.check_sites(cfg.ckpt_path, self._stored, sites, sources)
+        self._try_out(sources, sites)
+        given = {role: data.get(role) or "" for role in ("source", "target")}
+        roles = {"source": sources, "target": sites}
+        options = self.extraction_trainer()
+        self.stores = prepare.fill_stores(self.pair, self.prompts, roles, extraction, given, options)
+        if self._stored and not self.fast:
+            prepare.check_stores(cfg.ckpt_path, self._stored, self.stores)
+        for role, store in self.stores.items():
+            data[role] = str(store.folder)
 
-    def extraction_trainer(self) -> dict[str, Any] | None:
-        """Options of the trainer that extracts: one device when extraction is only a step of a fit."""
-        return None
+    def extraction_trainer(self) -> dict[str, Any]:
+        """Return options of the trainer that extracts: one device when extraction is only a step of a fit."""
+        shown = self.cfg.trainer.enable_progress_bar
+        return {"enable_progress_bar": shown is not False, "devices": 1}
 
-    def _pair(self) -> LoadedPair:
-        given = self.cfg.get("pair")
-        if given is None:
-            raise ConfigError("no pair is given; pass --pair configs/pairs/cultural_smol.yaml (key: pair)")
-        given.pop("__path__", None)  # the configuration is saved with the pair in full
-        values = given.as_dict()
-        values |= {role: ModelSpec(**values[role]) for role in ("base", "tuned", "reference") if values.get(role)}
-        spec = PairSpec(**values).check()
-        return load_pair(spec, self._device())
+    def _settle_seed(self) -> None:
+        """Let one seed rule a run: classes whose own was not set follow it."""
+        seed = self.cfg.seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise ConfigError(f"seed_everything is {seed}; allowed: a whole number from 0 to 2**32 - 1")
+        for part in (self.cfg.data.init_args, self.cfg.model.init_args):
+            if part.get("seed") == SEED:
+                part.seed = seed
 
-    def _device(self) -> Any:
-        trainer = self.cfg.trainer
-        devices = trainer.devices if isinstance(trainer.devices, list) else 1
-        return Trainer(accelerator=trainer.accelerator, devices=devices, barebones=True).strategy.root_device
+    def _try_out(self, sources: Sequence[Site], sites: Sequence[Site]) -> None:
+        prepare.try_out(self.cfg.data)
+        widths = {
+            "d_source": {prepare.width(self.pair.base, site) for site in sources},
+            "d_target": {prepare.width(self.pair.tuned, site) for site in sites},
+        }
+        if all(len(found) == 1 for found in widths.values()):  # else the data say what is wrong
+            prepare.try_out(self.cfg.model, **{name: next(iter(found)) for name, found in widths.items()})
 
-    def _sites(self, depth_base: int, depth_tuned: int) -> list[Site]:
-        layers = self.cfg.layers
-        if isinstance(layers, str) and layers != "fallback":
-            layers = [layers]
-        chosen = fallback_layers(depth_tuned) if layers == "fallback" else layers
-        sites = [Site(int(item)) if str(item).lstrip("-").isdigit() else Site.parse(str(item)) for item in chosen]
-        if not sites or len(set(sites)) != len(sites):
-            raise ConfigError(
-                f"layers is {layers}; allowed: at least one layer or site, each once (key: layers)"
-            )
-        check_layers(sites, min(depth_base, depth_tuned))
-        return sites
+    def _warn_of_overridden(self, path: str, defaults: Mapping[str, Any]) -> None:
+        assert self._stored is not None
+        for what in prepare.overridden(self._stored, self.cfg.model, defaults):
+            print(f"mechdiff: warning: {what} ({path})", file=sys.stderr)
 
-    def _check_checkpoint(self) -> None:
-        path = self.cfg.get("ckpt_path")
-        if path and path not in ("best", "last") and not Path(path).is_file():
-            raise CheckpointError(
-                f"{path} is not a file; give a checkpoint written by a fit (key: ckpt_path)"
-            )
-        if self.verb == "test" and not path:
-            newest = _newest_checkpoint(self.cfg.trainer.logger)
-            hint = (
-                f"the newest of this configuration is {newest}"
-                if newest
-                else "run train.py with this configuration first"
-            )
-            raise CheckpointError(f"a test needs a fit; pass --ckpt_path; {hint} (key: ckpt_path)")
-
-    # --- running -------------------------------------------------------------------------------------------------------
+    # --- running ----------------------------------------------------------------------------------------
 
     def after_instantiate_classes(self) -> None:
-        """Give the evaluations the pair and the prompts."""
+        """Connect the evaluations; find mistakes in the data before anything is written."""
+        if self.verb == "fit" and not self.model.needs_fit:
+            name = type(self.model).__name__
+            raise ConfigError(f"{name} has nothing to fit; run evaluate.py with it (key: model.class_path)")
+        processes = self.trainer.world_size
+        trained = any(parameter.requires_grad for parameter in self.model.parameters())
+        if processes > 1 and (self.verb == "test" or not trained):
+            what = "a test" if self.verb == "test" else "a closed form"
+            hint = "only extraction and what is trained can use more (key: trainer.devices)"
+            raise ConfigError(f"{processes} processes are asked for; {what} runs in 1: {hint}")
         seed = self.cfg.seed_everything
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CausalEvaluation):
                 callback.connect(lambda: self.pair, self.prompts, seed)
+        self.datamodule.setup(self.verb)
+        keys = {role: store.identity.key for role, store in self.stores.items()}
+        if isinstance(self.datamodule, ActivationPairs):
+            keys["split"] = self.datamodule.split_key
+        if self._stored is not None and not self.fast:
+            prepare.check_split(self.cfg.ckpt_path, self._stored, keys.get("split"))
+        self.trainer.callbacks.append(StoreKeys(keys))  # type: ignore[attr-defined]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the verb; a mistake found on the way leaves no half-written run behind."""
+        try:
+            super()._run_subcommand(subcommand)
+        except UsageError:
+            folder = getattr(
+                self.trainer.logger, "log_dir", None
+            )  # the trainer's would wait for all processes
+            if self.keeps and folder and not (Path(folder) / "checkpoints").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self._scratch.cleanup()
 
     def after_fit(self) -> None:
         """Test what was fitted, in one process; several are told how."""
-        checkpoint = self._checkpoint()
-        if self.trainer.world_size > 1:
-            if self.trainer.is_global_zero:
-                print(
-                    f"Fitted on {self.trainer.world_size} processes. Test on one: python evaluate.py --config ... --ckpt_path {checkpoint}"
-                )
-            return
-        self.trainer.test(
-            self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False
-        )
-        self.after_test()
+        checkpoint, folder = self._checkpoint(), self.trainer.log_dir  # every process has to ask
+        if self.trainer.world_size == 1:
+            self.trainer.test(
+                self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False
+            )
+            self.after_test()
+        elif self.trainer.is_global_zero:
+            again = f"--config {folder}/config.yaml --trainer.devices 1 --trainer.strategy auto"
+            print(f"Fitted by {self.trainer.world_size} processes. Test with one:")
+            print(f"python evaluate.py {again} --ckpt_path {checkpoint}")
 
     def after_test(self) -> None:
         """Write and print the results."""
         evaluations = [c for c in self.trainer.callbacks if isinstance(c, CausalEvaluation)]  # type: ignore[attr-defined]
         records = [*self.model.records(), *self._coverage(), *(r for e in evaluations for r in e.results)]
         stores = {role: store.identity.key for role, store in self.stores.items()}
-        results = Results(records, provenance(self.pair, self.cfg.seed_everything, stores))
+        origin = provenance(self.pair, self.cfg.seed_everything, stores)
+        if str(self.cfg.layers).endswith(prepare.RESULTS):
+            origin["layers"] = {"from": self.cfg.layers, "flags": prepare.doubts(self.cfg.layers)}
+        results = Results(records, origin)
         items = [asdict(item) for e in evaluations for item in e.items]
-        write_run(results, items, self.trainer.log_dir, self.trainer.logger, Console())
-        if self.fast:
-            self._scratch.cleanup()
+        write_run(
+            results, items, self.trainer.log_dir if self.keeps else None, self.trainer.logger, Console()
+        )
 
     def _coverage(self) -> Iterator[Record]:
-        """Yield, for each language and group of positions, the share of the target's rows that have a partner in the source."""
+        """Yield the share of the target's rows with a partner in the source, by language and positions."""
         if not isinstance(self.datamodule, ActivationPairs):
             return
         for count in self.datamodule.coverage:
             prompts = sum(p.lang == count.lang for p in self.datamodule.prompts)
-            params = {"lang": count.lang, "source_rows": count.source, "target_rows": count.target}
-            share = count.aligned / count.target if count.target else 0.0
             about: dict[str, Any] = {
                 "positions": count.position,
                 "split": "all",
                 "unit": "fraction",
                 "rows": count.aligned,
-                "params": params,
+                "params": {"lang": count.lang, "source_rows": count.source, "target_rows": count.target},
             }
-            yield Record("rq2", "coverage", share, prompts, **about)
+            share = count.aligned / count.target if count.target else 0.0
+            yield Record(self.model.question, "coverage", share, prompts, **about)
 
     def _checkpoint(self) -> str | None:
-        """Return the best checkpoint of the fit; a closed form takes no optimizer step, so it is saved here."""
+        """Return the best checkpoint of the fit; a closed form, which takes no step, is saved here."""
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if best or self.fast or self.trainer.log_dir is None:
+        if best or not self.keeps:
             return best or None
-        path = Path(self.trainer.log_dir) / "checkpoints" / "fitted.ckpt"
+        path = Path(self.trainer.log_dir or "") / "checkpoints" / "fitted.ckpt"
         self.trainer.save_checkpoint(path)
         return str(path)
 
 
-def main(verb: str, args: Sequence[str] | None = None) -> int:
+def main(verb: str, args: Sequence[str] | None = None, cli: type[MechdiffCLI] = MechdiffCLI) -> int:
     """Run a verb; a user's mistake is one line on the error stream and exit code 2.
 
     Args:
         verb: ``fit`` or ``test``.
         args: Command line without the script; ``sys.argv[1:]`` by default.
+        cli: What parses and runs.
     """
     quiet()
     try:
-        MechdiffCLI(verb, args)
+        cli(verb, args)
     except UsageError as error:
-        print(f"mechdiff: {error}", file=sys.stderr)
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print(f"mechdiff: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def quiet() -> None:
     """Keep notices that a user of this library cannot act on off the screen."""
+    disable_progress_bar()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
@@ -287,49 +341,8 @@ def quiet() -> None:
         ".*srun.*",
         ".*GPU available but not used.*",
         ".*treespec.*",
+        ".*smaller than the logging interval.*",
+        ".*dirpath has changed.*",
+        ".*Checkpoint directory .* exists.*",
     ):
         warnings.filterwarnings("ignore", message=text)
-
-
-def _replace_whole_pairs(parser: LightningArgumentParser) -> None:
-    """Let a pair file replace the pair before it; jsonargparse would keep what the new file leaves out, such as the old pair's adapter."""
-    action: Any = next(a for a in parser._actions if a.dest == "pair")
-    load = action._load_config
-
-    def load_whole(value: Any, parser: Any) -> Namespace:
-        loaded = load(value, parser)
-        if isinstance(value, str):
-            given = set(loaded.keys())
-            for key, default in Namespace(_nested(asdict(PairSpec()))).items():
-                if key not in given:
-                    loaded[key] = default
-        return loaded
-
-    action._load_config = load_whole
-
-
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: Namespace(v) if k in ("base", "tuned") else v for k, v in values.items()}
-
-
-def _few(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Keep a handful of every split, language and class: enough for every split of the fit to have some."""
-    taken: dict[tuple[str, ...], list[Prompt]] = {}
-    for prompt in prompts:
-        family = (prompt.template,) if prompt.split == "fit" else (prompt.id,)
-        kind = (prompt.split, prompt.lang, prompt.label)
-        most = FAST_FAMILIES if prompt.split == "fit" else 1
-        families = [key for key in taken if key[: len(kind)] == kind]
-        if (*kind, *family) in taken or len(families) < most:
-            taken.setdefault((*kind, *family), []).append(prompt)
-    kept = {p.id for group in taken.values() for p in group[:1]}
-    return [p for p in prompts if p.id in kept]
-
-
-def _newest_checkpoint(logger: Any) -> str | None:
-    init = logger.get("init_args") if isinstance(logger, Namespace) else None
-    if not init or not init.get("save_dir"):
-        return None
-    folder = Path(init.save_dir) / str(init.get("name") or "lightning_logs")
-    found = sorted(folder.glob("version_*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    return str(found[-1]) if found else None

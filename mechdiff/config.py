@@ -1,27 +1,27 @@
-"""Locked defaults, each with its unit and source.
+"""Locked defaults, each with its unit if it has one.
 
-They are the defaults of function and class signatures; a YAML file states only differences. "Spec" is the project's written specification, part A1.
+They are the defaults of function and class signatures; a YAML file states only differences.
 """
 
 from typing import Final
 
 SEED: Final = 17
-"""Seed of every generator (spec)."""
+"""Seed of every generator."""
 
 LAYER_STRIDE: Final = 2
-"""Layers between two points of a layer curve (spec)."""
+"""Step from one point of a layer curve to the next, in layers."""
 
 FALLBACK_LAYERS: Final = (22, 26)
-"""Layers used when no scan has chosen any, for a model of ``FALLBACK_DEPTH`` blocks; scaled with depth (spec)."""
+"""Layers, from 0, used when no scan has chosen any, for ``FALLBACK_DEPTH`` blocks; scaled with depth."""
 
 FALLBACK_DEPTH: Final = 32
 """Number of blocks of the model for which ``FALLBACK_LAYERS`` were set (Llama-3.1-8B)."""
 
 CLT_TOKENS: Final = 8000
-"""Aligned token positions wanted per layer to fit a linear map (spec)."""
+"""Aligned token positions wanted per layer to fit a linear map."""
 
 VAL_FRACTION: Final = 0.2
-"""Share of prompt groups used to choose lambda, and again for the test (spec: ``clt_val_frac``)."""
+"""Share of prompt groups used to choose lambda, and again for the test."""
 
 LAMBDA_GRID: Final = tuple(10.0**e for e in range(-6, 4))
 """Ridge strengths, relative to tr(XᵀX)/d of the centred source per row."""
@@ -36,10 +36,10 @@ NOISE_FACTOR: Final = 3.0
 """A ratio is reported only if its denominator exceeds this many times the noise floor."""
 
 K_SWEEP: Final = (1, 2, 3, 4, 6, 8)
-"""Ranks of a steering subspace (spec)."""
+"""Ranks of a steering subspace, in directions."""
 
 ALPHA_GRID: Final = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0)
-"""Strengths of an edit in units of its natural size (spec: .5 to 3)."""
+"""Strengths of an edit in units of its natural size."""
 
 
 def fallback_layers(num_layers: int) -> list[int]:

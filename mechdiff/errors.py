@@ -1,6 +1,7 @@
 """What a user can get wrong, one class per kind.
 
-Every message is one line that names the value, the allowed range and the configuration key. The command line prints that line and exits with code 2.
+Every message is one line that names the value, the allowed range and the configuration key. The command line
+prints that line and exits with code 2.
 """
 
 

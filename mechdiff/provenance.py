@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import mechdiff
+from mechdiff.pairs.alignment import template_tokens
 from mechdiff.pairs.loading import LoadedModel, LoadedPair
+from mechdiff.pairs.tokenizers import tokenizer_hashes
 
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "peft", "h5py", "safetensors", "jsonargparse")
 
@@ -38,26 +40,25 @@ def provenance(pair: LoadedPair, seed: int, stores: Mapping[str, str]) -> dict[s
         "pair": asdict(pair.spec),
         "models": {m.role: _model(m) for m in (pair.base, pair.tuned)},
         "shared_vocabulary": pair.shared.size,
-        "prompts": {
-            Path(f).name: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files
-        },
+        "prompts": {Path(f).name: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files},
         "stores": dict(stores),
     }
 
 
 def _model(loaded: LoadedModel) -> dict[str, Any]:
-    tokenizer = loaded.tokenizer
+    """Describe a model; `tokenizer` and `template` are those in the manifest of its activation store."""
+    tokenizer, template = tokenizer_hashes(loaded.tokenizer, *template_tokens(loaded.tokenizer))
     return {
         "class": type(loaded.model).__name__,
         "weights": loaded.fingerprint,
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16],
-        "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
-        "vocabulary": len(tokenizer),
+        "tokenizer": tokenizer,
+        "template": template,
+        "vocabulary": len(loaded.tokenizer),
     }
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout this package runs from, marked if it was changed; None outside a checkout."""
+    """Return the commit of the checkout that this runs from, marked if it was changed; None outside one."""
     run = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(run, capture_output=True, text=True, check=True, timeout=10)

@@ -24,6 +24,8 @@ MAY_IMPORT = {
     "__main__": {"commands"},
     "commands": ALL,
     "cli": ALL - {"commands", "__main__"},
+    "parser": {"pairs.spec"},  # how a command line is read
+    "prepare": {"pairs", "data", "extraction", "interventions.sites"},  # what a run needs before it is built
     "callbacks": {"modules.base", "interventions", "pairs", "data", "functional"},
     "extraction": {"interventions", "pairs", "data", "functional"},
     "modules": {"functional", "interventions.sites"},

@@ -1,15 +1,16 @@
-"""``mechdiff extract``: fill the activation stores that a configuration needs, with the user's devices and strategy, and stop."""
+"""``mechdiff extract``: fill the stores that a configuration needs, on the user's devices, and stop."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mechdiff.cli import MechdiffCLI, quiet
-from mechdiff.errors import UsageError
+from lightning.pytorch.utilities import rank_zero_only
 
-PASSED_ON = ("accelerator", "devices", "strategy", "num_nodes", "precision")
+from mechdiff.cli import MechdiffCLI
+from mechdiff.cli import main as run
+
+PASSED_ON = ("accelerator", "devices", "strategy", "num_nodes")
 
 
 class ExtractCLI(MechdiffCLI):
@@ -17,15 +18,18 @@ class ExtractCLI(MechdiffCLI):
 
     def extraction_trainer(self) -> dict[str, Any]:
         """Use the trainer options of the configuration."""
-        return {name: self.cfg.trainer[name] for name in PASSED_ON if self.cfg.trainer.get(name) is not None}
+        chosen = {name: self.cfg.trainer[name] for name in PASSED_ON}
+        return super().extraction_trainer() | {k: v for k, v in chosen.items() if v is not None}
 
     def instantiate_classes(self) -> None:
         """Build nothing."""
 
+    @rank_zero_only
     def after_instantiate_classes(self) -> None:
         """Say what is there now."""
         for role, store in self.stores.items():
             print(f"{role}: {len(store)} rows at {', '.join(map(str, store.sites))} in {store.folder}")
+        self._scratch.cleanup()
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing."""
@@ -37,10 +41,4 @@ def main(args: Sequence[str]) -> int:
     Args:
         args: Command line after the verb.
     """
-    quiet()
-    try:
-        ExtractCLI("fit", args)
-    except UsageError as error:
-        print(f"mechdiff: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run("fit", args, ExtractCLI)

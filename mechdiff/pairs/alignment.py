@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mechdiff.errors import PromptError
+from mechdiff.interventions.sites import OTHER, PREFIX, SUFFIX, USER
 from mechdiff.pairs.tokenizers import vocabulary
 
-PREFIX, USER, SUFFIX, OTHER = range(4)
-"""Regions: the template before the user's text, that text, the template after it, tokens without a name."""
 REGIONS = ("prefix", "user", "suffix", "other")
+"""Their names; a token of the last has no name of its own."""
 DATE = "26 Jul 2024"
 """Given to templates that print today's date otherwise, so that runs repeat; the default of Llama 3.1."""
 _PROBE = "\ue000\ue001"  # private-use characters: in no template, and merged with none of its tokens

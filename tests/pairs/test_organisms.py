@@ -1,0 +1,245 @@
+"""Planted differences: what is said to be changed is changed, and nothing else."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mechdiff.errors import PairError, SiteError
+from mechdiff.functional.weights import effective_rank, singular_values, stable_rank
+from mechdiff.interventions.hooks import record
+from mechdiff.interventions.sites import Site
+from mechdiff.pairs.alignment import encode
+from mechdiff.pairs.organisms import (
+    Truth,
+    copy_model,
+    plant_heads,
+    plant_null,
+    plant_policy,
+    plant_weights,
+    planted_pair,
+)
+from tests.models import ARCHITECTURES, tiny_config, tiny_model, tokens
+from tests.toys import loaded, prompts
+
+TOPICS = [
+    ["tell me about snow", "why is snow cold", "snow in the hills"],
+    ["old bread", "how do I bake bread", "bread and salt"],
+    ["two horses", "do horses sleep", "horses run fast"],
+    ["play chess", "chess rules", "who won at chess"],
+]
+NEUTRAL = ["hello", "what time is it", "the river", "rain in May"]
+
+
+@pytest.fixture(scope="module")
+def base():
+    return loaded(dtype=torch.float64)
+
+
+def changed_tensors(base, tuned):
+    pairs = zip(base.model.named_parameters(), tuned.model.named_parameters(), strict=True)
+    return {name for (name, p), (_, q) in pairs if not torch.equal(p, q)}
+
+
+def shared_storage(base, tuned):
+    pairs = zip(base.model.named_parameters(), tuned.model.named_parameters(), strict=True)
+    return {name for (name, p), (_, q) in pairs if p.data_ptr() == q.data_ptr()}
+
+
+def residuals(model, texts, layer):
+    """Residuals after a block at every token of some messages, `(tokens, d_model)`, and which are last."""
+    states, last = [], []
+    for text in texts:
+        ids = torch.tensor([encode(model.tokenizer, text).input_ids])
+        with record(model.model, [Site(layer)]) as seen, torch.no_grad():
+            model.model(ids)
+        states.append(seen[Site(layer)][0])
+        last += [*[False] * (ids.shape[1] - 1), True]
+    return torch.cat(states), torch.tensor(last)
+
+
+PLANTS = {
+    "block": lambda m: plant_weights(m, ["block.2"], 0.3),
+    "spread": lambda m: plant_weights(m, ["mlp.0", "mlp.1", "attn.3"], 0.3, rank=2),
+    "policy": lambda m: plant_policy(m, 1, TOPICS[:2], neutral=NEUTRAL),
+    "flip": lambda m: plant_heads(m, [(2, 1), (0, 3), (2, 0)]),
+    "rotate": lambda m: plant_heads(m, [(1, 1)], mode="rotate", strength=0.5),
+    "copy": lambda m: plant_null(m, "copy"),
+    "bf16": lambda m: plant_null(m, "bf16"),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS)
+def test_exactly_the_named_tensors_differ_and_the_base_is_untouched(base, plant):
+    before = {name: p.clone() for name, p in base.model.named_parameters()}
+    tuned, truth = plant(base)
+    assert changed_tensors(base, tuned) == set(truth.tensors)
+    assert shared_storage(base, tuned) == before.keys() - set(truth.tensors)
+    assert all(torch.equal(p, before[name]) for name, p in base.model.named_parameters())
+    assert not any(p is q for p, q in zip(base.model.parameters(), tuned.model.parameters(), strict=True))
+    assert not any(p.requires_grad for p in tuned.model.parameters())
+    assert tuned.role == "tuned"
+    assert tuned.fingerprint != base.fingerprint
+
+
+@pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS)
+def test_the_same_seed_plants_the_same(base, plant):
+    (first, truth), (second, again) = plant(base), plant(base)
+    assert truth == again
+    assert first.fingerprint == second.fingerprint
+    assert not changed_tensors(first, second)
+
+
+def test_another_seed_plants_another_change(base):
+    one, two = (plant_weights(base, ["block.2"], 0.3, seed=seed)[0] for seed in (0, 1))
+    assert one.fingerprint != two.fingerprint
+    assert changed_tensors(one, two)
+
+
+@pytest.mark.parametrize("rank", [None, 1, 3])
+def test_a_change_has_the_size_and_rank_that_were_asked_for(base, rank):
+    tuned, truth = plant_weights(base, ["block.2"], 0.2, rank=rank)
+    assert truth == Truth("weights", 17, 0.2, ("block.2",), (2,), rank, tensors=truth.tensors)
+    old, new = (dict(m.model.named_parameters()) for m in (base, tuned))
+    assert all(name.startswith("model.layers.2.") and old[name].ndim == 2 for name in truth.tensors)
+    for name in truth.tensors:
+        delta = new[name] - old[name]
+        assert (delta.norm() / old[name].norm()).item() == pytest.approx(0.2, rel=1e-9)
+        if rank:
+            values = singular_values(delta)
+            assert values[rank] < 1e-6 * values[0]
+            assert stable_rank(values) <= effective_rank(values) <= rank * (1 + 1e-6)
+
+
+def test_a_distributed_change_has_the_total_size_of_a_change_of_its_first_component(base):
+    def size(tuned):
+        pairs = zip(base.model.parameters(), tuned.model.parameters(), strict=True)
+        return sum((p - q).square().sum() for p, q in pairs).sqrt().item()
+
+    one = plant_weights(base, ["mlp.1"], 0.3)[0]
+    many, truth = plant_weights(base, [f"mlp.{i}" for i in (1, 0, 2, 3)], 0.3)
+    assert size(many) == pytest.approx(size(one), rel=1e-9)
+    assert truth.layers == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_a_policy_writes_its_directions_and_nothing_else(base, rank):
+    """Largest principal angle between the uncentred SVD of the differences and the truth: 1e-6 degrees."""
+    tuned, truth = plant_policy(base, 1, TOPICS[:rank], strength=0.5, neutral=NEUTRAL)
+    texts = [*(t for topic in TOPICS[:rank] for t in topic), *NEUTRAL, *(p.text for p in prompts(1))]
+    (old, last), (new, _) = (residuals(m, texts, 1) for m in (base, tuned))
+    delta = new - old
+    _, values, right = torch.linalg.svd(delta, full_matrices=False)
+    assert values[rank] < 1e-6 * values[0]
+    cosines = torch.linalg.svdvals(right[:rank] @ truth.directions.double().T)
+    assert torch.rad2deg(torch.arccos(cosines.min().clamp(max=1))) < 0.1
+    trained = 3 * rank + len(NEUTRAL)
+    size = 0.5 * old[last][:trained].norm(dim=-1).median()
+    written = delta[last][:trained] @ truth.directions.double().T / size
+    own = torch.eye(rank + 1).repeat_interleave(torch.tensor([*[3] * rank, len(NEUTRAL)]), 0)[:, :-1].bool()
+    assert written[own].min() > 0.6  # 16 narrow messages and an MLP of 48: the ridge shrinks what it reads
+    assert written[~own].abs().max() < 0.4
+    below = residuals(base, texts, 0)[0] - residuals(tuned, texts, 0)[0]
+    assert not below.any()
+    assert truth.components == ("mlp.1",)
+    assert truth.rank == rank
+
+
+def test_flipped_heads_write_the_opposite_and_the_others_the_same(base):
+    tuned, truth = plant_heads(base, [(2, 1), (0, 3)])
+    assert truth.heads == ((0, 3), (2, 1))
+    assert truth.components == ("attn.0", "attn.2")
+    ids, site = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0)), Site(0, "head_out")
+    seen = {}
+    for model in (base, tuned):
+        with record(model.model, [site]) as kept, torch.no_grad():
+            model.model(ids)
+        seen[model.role] = kept[site]
+    own, other = seen["base"], seen["tuned"]
+    assert torch.equal(own[:, :, 3], -other[:, :, 3])
+    assert torch.equal(own[:, :, :3], other[:, :, :3])
+
+
+def test_a_rotated_head_keeps_its_size_and_strength_scales_the_change(base):
+    name = "model.layers.1.self_attn.o_proj.weight"
+    old = dict(base.model.named_parameters())[name]
+    part = slice(8, 16)  # head 1 of width 8
+    deltas = []
+    for strength in (1.0, 0.1):
+        tuned, _ = plant_heads(base, [(1, 1)], mode="rotate", strength=strength)
+        new = dict(tuned.model.named_parameters())[name]
+        deltas.append((new - old)[:, part])
+        assert torch.equal(new[:, :8], old[:, :8])
+        assert torch.equal(new[:, 16:], old[:, 16:])
+        if strength == 1.0:
+            values = [torch.linalg.svdvals(w[:, part]) for w in (old, new)]
+            assert (values[0] - values[1]).abs().max() < 1e-12
+    assert (deltas[0] * 0.1 - deltas[1]).abs().max() < 1e-12
+
+
+def test_nulls_are_equal_or_nearly(base):
+    single = loaded()
+    ids = tokens(2, 9)
+    logits = {"base": single.model(ids).logits}
+    for kind in ("copy", "bf16"):
+        logits[kind] = plant_null(single, kind)[0].model(ids).logits
+    assert torch.equal(logits["base"], logits["copy"])
+    error = (logits["base"] - logits["bf16"]).abs().max() / logits["base"].abs().max()
+    assert 0 < error < 0.05
+    with pytest.raises(PairError, match=r"bfloat16; allowed: float32"):
+        plant_null(loaded(dtype=torch.bfloat16), "bf16")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_can_be_edited(arch):
+    config = tiny_config(arch)
+    config.vocab_size = 300
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    base = dataclasses.replace(loaded(), model=model)
+    for tuned, truth in (
+        plant_weights(base, ["block.1"], 0.1),
+        plant_heads(base, [(1, 2), (1, 0)]),
+        plant_policy(base, 1, TOPICS[:1]),
+    ):
+        assert changed_tensors(base, tuned) == set(truth.tensors)
+        assert all(".1." in name for name in truth.tensors)
+
+
+def test_a_copy_of_tied_tables_is_tied():
+    model = tiny_model("gpt2")
+    copy = copy_model(model)
+    assert copy.lm_head.weight is copy.transformer.wte.weight
+    assert copy.lm_head.weight is not model.lm_head.weight
+
+
+def test_two_models_in_memory_make_a_pair(base):
+    tuned, _ = plant_null(base)
+    pair = planted_pair(base, tuned, "null")
+    assert (pair.base, pair.tuned, pair.spec.name) == (base, tuned, "null")
+    assert pair.shared.identical
+
+
+@pytest.mark.parametrize(
+    ("plant", "error", "message"),
+    [
+        (lambda m: plant_weights(m, [], 0.1), PairError, "components is empty"),
+        (lambda m: plant_weights(m, ["attn.9"], 0.1), SiteError, "0 to 3"),
+        (lambda m: plant_weights(m, ["nose"], 0.1), PairError, "component 'nose'"),
+        (lambda m: plant_weights(m, ["mlp.1"], 0.0), PairError, "strength is 0.0; allowed: above 0"),
+        (lambda m: plant_weights(m, ["mlp.1"], 0.1, rank=33), PairError, "rank is 33; allowed: 1 to 32"),
+        (lambda m: plant_policy(m, 4, TOPICS), SiteError, "0 to 3"),
+        (lambda m: plant_policy(m, 1, []), PairError, "topics has 0 lists; allowed: 1 to 32"),
+        (lambda m: plant_policy(m, 1, [["a"], []]), PairError, "none empty"),
+        (lambda m: plant_heads(m, []), PairError, "heads is"),
+        (lambda m: plant_heads(m, [(0, 4)]), PairError, "0 to 3"),
+        (lambda m: plant_heads(m, [(0, 1), (0, 1)]), PairError, "distinct"),
+        (lambda m: plant_heads(m, [(7, 1)]), SiteError, "heads"),
+        (lambda m: plant_heads(m, [(0, 1)], mode="spin"), PairError, "flip, rotate"),
+        (lambda m: plant_heads(m, [(0, 1)], strength=1.5), PairError, "strength is 1.5"),
+        (lambda m: plant_null(m, "noise"), PairError, "copy, bf16"),
+    ],
+)
+def test_mistakes_are_named(base, plant, error, message):
+    with pytest.raises(error, match=message):
+        plant(base)
