@@ -1,12 +1,14 @@
 """Serve the activations of two models, row by row, to whatever is fitted on them.
 
 1. The stores of the two models are joined, and their prompts dealt to train, val and test.
-2. Rows are read in contiguous blocks; training shuffles the blocks, and the rows inside each.
+2. Rows are read in contiguous blocks; a training batch mixes short runs of rows from everywhere.
 3. No language model is needed, and none is imported.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +26,9 @@ from mechdiff.data.store import POSITIONS, ActivationStore
 from mechdiff.errors import ConfigError, StoreError
 from mechdiff.functional.stats import generator
 
-NOISE = {"float32": 1e-10, "bfloat16": 1e-4}
+RUN = 64
+"""Neighbouring rows that a training batch takes together: single rows read several times slower."""
+NOISE = {"float64": 1e-10, "float32": 1e-10, "float16": 1e-5, "bfloat16": 1e-4}
 """Squared relative rounding, with room for batches of other shapes.
 
 It is 1e-6 in float32, and 1 % where a model runs in bfloat16.
@@ -46,6 +50,7 @@ class ActivationPairs(L.LightningDataModule):
         positions: Groups of rows to serve, some of `last`, `user`, `template`.
         tokens: Aligned rows that there must be at least; None for no such demand. All rows are served.
         val_frac: Share of the groups of prompts used for validation, and again for the test.
+        test_all: Serve all prompts as the test, for what is not fitted.
         batch_size: Rows of a batch.
         num_workers: Processes that read.
         seed: Seed of the split and of the order of training.
@@ -60,6 +65,7 @@ class ActivationPairs(L.LightningDataModule):
         positions: list[str] = list(POSITIONS),  # noqa: B006 - never changed; shown by --help
         tokens: int | None = CLT_TOKENS,
         val_frac: float = VAL_FRACTION,
+        test_all: bool = False,
         batch_size: int = 4096,
         num_workers: int = 0,
         seed: int = SEED,
@@ -72,6 +78,7 @@ class ActivationPairs(L.LightningDataModule):
         self.sites, self.source_sites = list(sites), list(source_sites or sites)
         self.positions, self.tokens, self.val_frac = list(positions), tokens, val_frac
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.test_all = test_all
         if not self.sites or len(self.source_sites) != len(self.sites):
             got = f"{len(self.source_sites)} source sites for {len(self.sites)} sites"
             raise ConfigError(f"{got}; allowed: as many as sites, at least one (key: data.source_sites)")
@@ -105,7 +112,8 @@ class ActivationPairs(L.LightningDataModule):
     @property
     def noise(self) -> float:
         """Share of a site's variance that a difference of two equal states can reach by rounding."""
-        return max(NOISE[store.identity.dtype] for store in self.stores)
+        made = [store.identity for store in self.stores]  # the type on disk, and that of the computation
+        return max(NOISE[name] for i in made for name in (i.dtype, i.model.rpartition("/")[2]))
 
     @property
     def prompts(self) -> list[Example]:
@@ -115,7 +123,15 @@ class ActivationPairs(L.LightningDataModule):
     @cached_property
     def split(self) -> dict[str, list[int]]:
         """Indices of the prompts of train, val and test."""
+        if self.test_all:
+            return {"train": [], "val": [], "test": list(range(len(self.prompts)))}
         return split_components(self.prompts, self.val_frac, self.seed)
+
+    @property
+    def split_key(self) -> str:
+        """Identify which prompts are in which split: a map must never be tested on what it was fitted to."""
+        ids = {name: [self.prompts[index].id for index in self.split[name]] for name in SPLITS}
+        return hashlib.sha256(json.dumps(ids, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
     def joined(self) -> Join:
@@ -150,7 +166,7 @@ class ActivationPairs(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Join the stores, unless that is done, so that mistakes show before anything runs."""
-        for split in SPLITS:
+        for split in ("test",) if self.test_all else SPLITS:
             if not len(self.rows(split)):
                 raise StoreError(
                     f"split {split} has no aligned rows at {', '.join(self.positions)}; allowed: positions "
@@ -221,10 +237,13 @@ class _Rows(Dataset):
 class _Blocks(DistributedSampler):
     """Yield the indices of one batch after the other.
 
-    Lightning replaces any sampler but a `DistributedSampler`, which it tells the epoch.
+    A batch of training is made of short runs of neighbouring rows, drawn from everywhere: neighbours
+    alone share their length, language and topic, and a control that shuffles rows within a batch would keep
+    those. Lightning replaces any sampler but a `DistributedSampler`, which it tells the epoch.
     """
 
     def __init__(self, rows: Tensor, size: int, world: int, rank: int, seed: int | None) -> None:
+        self.rows, self.size = rows, size
         self.blocks = list(rows.split(size))
         super().__init__(self.blocks, num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self.shuffle_seed = seed
@@ -239,8 +258,10 @@ class _Blocks(DistributedSampler):
             yield from self.blocks[self.rank :: self.num_replicas]
             return
         draws = generator(self.shuffle_seed, "train", self.epoch)
-        order = torch.randperm(len(self.blocks), generator=draws).tolist()
-        shuffled = [self.blocks[i][torch.randperm(len(self.blocks[i]), generator=draws)] for i in order]
+        runs = self.rows.split(RUN)
+        mixed = torch.cat([runs[i] for i in torch.randperm(len(runs), generator=draws).tolist()])
+        blocks = mixed.split(self.size)
+        shuffled = [block[torch.randperm(len(block), generator=draws)] for block in blocks]
         yield from shuffled[self.rank :: self.num_replicas][: len(self)]
 
 

@@ -50,14 +50,15 @@ def load_prompts(paths: Sequence[str | Path]) -> list[Prompt]:
     """Read prompts from files, in order.
 
     Raises:
-        PromptError: If a file is missing, a line is malformed (file and line number are named), or an id occurs twice.
+        PromptError: If a file is missing, a line is malformed (file and number are named), or an id occurs
+            twice.
     """
     prompts = [prompt for path in paths for prompt in _read(Path(path))]
-    duplicates = [key for key, count in Counter(p.id for p in prompts).items() if count > 1]
-    if duplicates:
-        raise PromptError(
-            f"prompt id {duplicates[0]!r} occurs {sum(p.id == duplicates[0] for p in prompts)} times; ids must be unique (key: pair.prompts)"
-        )
+    for name, count in Counter(p.id for p in prompts).items():
+        if count > 1:
+            raise PromptError(
+                f"prompt id {name!r} occurs {count} times; ids must be unique (key: pair.prompts)"
+            )
     return prompts
 
 
@@ -90,20 +91,23 @@ def _read(path: Path) -> Iterable[Prompt]:
         ) from error
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield _parse(line, f"{path}:{number}")
+            try:
+                yield _parse(line)
+            except PromptError as error:
+                raise PromptError(f"{path}:{number}: {error} (key: pair.prompts)") from error
 
 
-def _parse(line: str, place: str) -> Prompt:
+def _parse(line: str) -> Prompt:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise PromptError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+        raise PromptError(f"not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(row, dict) or set(row) - set(_FIELDS) or set(_REQUIRED) - set(row):
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise PromptError(f"{place}: keys must be {', '.join(_REQUIRED)} and optionally twin; found {found}")
+        raise PromptError(f"keys must be {', '.join(_REQUIRED)} and optionally twin; found {found}")
     for name, value in row.items():
         if not (isinstance(value, str) and value.strip()) and not (name == "twin" and value is None):
-            raise PromptError(f"{place}: {name} must be a non-empty string; found {value!r}")
+            raise PromptError(f"{name} must be a non-empty string; found {value!r}")
         if name in _CHOICES and value not in _CHOICES[name]:
-            raise PromptError(f"{place}: {name} must be one of {', '.join(_CHOICES[name])}; found {value!r}")
+            raise PromptError(f"{name} must be one of {', '.join(_CHOICES[name])}; found {value!r}")
     return Prompt(**row)

@@ -22,12 +22,8 @@ from torch import Tensor
 
 from mechdiff.data.manifest import MANIFEST, Contents, Pass, StoreIdentity, passes
 from mechdiff.errors import StoreError
-from mechdiff.interventions.sites import Site
+from mechdiff.interventions.sites import POSITIONS, SUFFIX, USER, Site
 
-POSITIONS = ("last", "user", "template")
-"""Groups of rows: the final token before the answer; tokens of the user's text; other tokens after it."""
-USER, SUFFIX = 1, 2
-"""Regions of a prompt that are stored; the template before the user's text never is."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _GAP = 256  # rows: reading a gap this wide costs less than a second request
 

@@ -8,8 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import warnings
@@ -35,6 +33,7 @@ from mechdiff.extraction.writer import ActivationWriter
 from mechdiff.interventions.hooks import record, stop_after
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.pairs.alignment import template_tokens
+from mechdiff.pairs.tokenizers import digest, tokenizer_hashes
 
 if TYPE_CHECKING:
     from mechdiff.pairs.loading import LoadedModel
@@ -205,21 +204,15 @@ def store_identity(
     suffix: list[bytes],
 ) -> StoreIdentity:
     """Say what a store would be made from, without making it."""
-    backend = json.loads(model.tokenizer.backend_tokenizer.to_str())
-    for name in ("padding", "truncation"):  # every call of the tokenizer changes them
-        backend.pop(name, None)
+    tokenizer, template = tokenizer_hashes(model.tokenizer, prefix, suffix)
     return StoreIdentity(
         model=f"{model.fingerprint}/{str(model.model.dtype).removeprefix('torch.')}",
-        tokenizer=_hash(backend),
-        template=_hash([model.tokenizer.chat_template, [t.hex() for t in prefix], [t.hex() for t in suffix]]),
+        tokenizer=tokenizer,
+        template=template,
         prompts=prompt_files.digest(prompts),
         positions=spec.positions,
         dtype=spec.dtype,
     )
-
-
-def _hash(value: object) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _todo(folder: Path, key: str, wanted: list[Site]) -> list[list[Site]]:
@@ -249,7 +242,7 @@ def _extract(
     context = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     encoded = encode_prompts(model.tokenizer, prompts, context)
     plan = Plan(encoded, spec.positions, spec.tokens_per_batch, spec.batches_per_shard)
-    into = folder / f"pass-{_hash([str(site) for site in sites])}"
+    into = folder / f"pass-{digest([str(site) for site in sites])}"
     into.mkdir(exist_ok=True)
     writer = ActivationWriter(into, plan.shards, key, spec.dtype)
     extractor = Extractor(model, sites, plan, writer, [prompt.id for prompt in prompts])

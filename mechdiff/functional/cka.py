@@ -11,7 +11,10 @@
    (i, j, r), and C that of KᵢⱼLᵣₛ over distinct (i, j, r, s): the U-statistic of order 4 over prompts, so
    pairs of rows of one prompt never enter. With one row per prompt it is [tr K̃L̃ + ΣK̃ΣL̃/((n−1)(n−2)) −
    2·1ᵀK̃L̃1/(n−2)] / (n(n−3)), where ~ sets the diagonal to zero. It can be negative.
-5. Every term needs only Σⱼ wⱼKᵢⱼLᵢⱼ (from Gram blocks or from features, whichever is smaller) and the rows ×
+5. Within classes (languages, kinds of prompt) the HSIC of each class is taken on its own rows, and their
+   mean, weighted by prompts, takes its place: what tells classes apart cannot count as likeness. Centring on
+   class means and pooling would leave a bias of (d/prompts of a class)² in every term.
+6. Every term needs only Σⱼ wⱼKᵢⱼLᵢⱼ (from Gram blocks or from features, whichever is smaller) and the rows ×
    prompts means of K and L, and so do all delete-one-prompt values at once.
 
 Float64 throughout. Memory is rows × prompts for the debiased value and the jackknife.
@@ -22,6 +25,7 @@ same U-statistic with prompts as units.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -96,7 +100,13 @@ def linear_cka(
 
 
 def cka_jackknife(
-    x: Tensor, y: Tensor, *, debiased: bool = True, groups: Groups | None = None, form: Form = "auto"
+    x: Tensor,
+    y: Tensor,
+    *,
+    debiased: bool = True,
+    groups: Groups | None = None,
+    within: Groups | None = None,
+    form: Form = "auto",
 ) -> Interval:
     """Measure linear CKA with a delete-one-prompt jackknife interval.
 
@@ -107,6 +117,8 @@ def cka_jackknife(
         y: `(rows, d_y)`, the same rows.
         debiased: Use the unbiased HSIC; needs 5 prompts.
         groups: Prompt of each row, `(rows,)`; whole prompts are deleted.
+        within: Class of each row, `(rows,)`, the same for all rows of a prompt: compare within classes.
+            Classes with fewer prompts than needed are left out.
         form: As in `linear_cka`.
 
     Raises:
@@ -116,14 +128,31 @@ def cka_jackknife(
     >>> [round(v, 6) for v in cka_jackknife(x, 2 * x)]
     [1.0, 1.0, 1.0, 6]
     """
-    parts = _Parts(x, y, groups, form)
-    parts.check(5 if debiased else 3)
-    without = [
-        parts.debiased_without_each(*pair) if debiased else parts.biased_without_each(*pair)
-        for pair in ("xy", "xx", "yy")
-    ]
-    full = [parts.debiased(*pair) if debiased else parts.biased(*pair) for pair in ("xy", "xx", "yy")]
-    return jackknife(_ratio(*without), _ratio(*full).item())
+    prompt = group_index(groups, len(x))
+    classes = torch.zeros(len(x), dtype=torch.int64) if within is None else group_index(within, len(x))
+    least = 5 if debiased else 3
+    rows = [(classes == c).nonzero().flatten() for c in range(int(classes.max()) + 1)]
+    sized = [r for r in rows if len(rows) == 1 or len(prompt[r].unique()) >= least]
+    if not sized:
+        raise FitError(f"CKA within classes is undefined: none has {least} prompts")
+    parts = [_Parts(x[r.to(x.device)], y[r.to(y.device)], prompt[r], form) for r in sized]
+    for part in parts:
+        part.check(least)
+    hsic = [_over_classes(parts, a, b, debiased) for a, b in ("xy", "xx", "yy")]
+    return jackknife(_ratio(*(without for _, without in hsic)), _ratio(*(full for full, _ in hsic)).item())
+
+
+def _over_classes(parts: Sequence["_Parts"], a: str, b: str, debiased: bool) -> tuple[Tensor, Tensor]:
+    """Sum HSIC times prompts over classes: of all prompts, and without each of them, `(prompts,)`."""
+    full, without = [], []
+    for part in parts:
+        unit = (part.size[a] * part.size[b] / (parts[0].size[a] * parts[0].size[b])) ** 2
+        value = part.debiased(a, b) if debiased else part.biased(a, b)
+        each = part.debiased_without_each(a, b) if debiased else part.biased_without_each(a, b)
+        full.append(unit * part.count * value)
+        without.append(unit * (part.count - 1) * each - full[-1])
+    total = torch.stack(full).sum()
+    return total, total + torch.cat(without)
 
 
 def _ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
@@ -145,7 +174,8 @@ class _Parts:
         self.sizes: list[int] = index.bincount().tolist()
         self.index, self.count = index[order], len(self.sizes)
         self.weight = 1 / torch.tensor(self.sizes, dtype=torch.float64, device=x.device)[self.index]
-        self.states = {"x": self._centred(x[order], "source"), "y": self._centred(y[order], "target")}
+        self.size: dict[str, float] = {}
+        self.states = {side: self._centred(s[order], side) for side, s in (("x", x), ("y", y))}
         self.gram = form == "gram" or (form == "auto" and len(x) <= max(x.shape[1], y.shape[1]))
         self._cross: dict[str, Tensor] = {}
 
@@ -190,13 +220,15 @@ class _Parts:
         sums = [p.sum() - 2 * p.sum(1) + p.diagonal() for p in (self._by_group(k, w), self._by_group(m, w))]
         return pairs / rest**2 - 2 * triples / rest**3 + sums[0] * sums[1] / rest**4
 
-    def _centred(self, states: Tensor, name: str) -> Tensor:
+    def _centred(self, states: Tensor, side: str) -> Tensor:
+        name = {"x": "source", "y": "target"}[side]
         states = states.detach().to(torch.float64)
         assert bool(states.isfinite().all()), f"the {name} states are not finite"
         centred = states - self.weight @ states / self.count
         size = centred.square().mean().sqrt()
         if not size > 1e-14 * states.square().mean().sqrt():
             raise FitError(f"CKA is undefined: the {name} states do not vary over {self.count} prompts")
+        self.size[side] = size.item()
         return centred / size  # scale drops out; this keeps fourth powers in range
 
     def _products(self, a: str, b: str) -> Tensor:

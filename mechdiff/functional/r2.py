@@ -11,14 +11,13 @@
 Sums per row (`sse_rows`) are what a bootstrap over prompts resamples: both R² are 1 − a ratio of such sums.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mechdiff.errors import FitError
-from mechdiff.functional.clt import AffineMap, RidgePath, Shrink, ridge_path, spectrum
+from mechdiff.functional.clt import AffineMap, RidgePath
 from mechdiff.functional.moments import Moments
 
 
@@ -140,6 +139,7 @@ def path_sse(path: RidgePath, moments: Moments) -> Tensor:
     Returns:
         `(lambdas,)`.
 
+    >>> from mechdiff.functional.clt import ridge_path
     >>> x = torch.tensor([[0.0], [1.0], [2.0]])
     >>> moments = Moments.of(x, 2 * x)
     >>> path_sse(ridge_path(moments, [0.0, 1.0], shrink="zero"), moments).round(decimals=9).tolist()
@@ -153,49 +153,6 @@ def path_sse(path: RidgePath, moments: Moments) -> Tensor:
     quadratic = covariance * (path.rotated @ path.rotated.T)
     total = seen.yy.sum() + seen.n * shift_y.square().sum()
     return (total - 2 * gains @ linear + ((gains @ quadratic) * gains).sum(1)).clamp_min(0)
-
-
-def cross_layer_r2(
-    fit: Sequence[Moments],
-    validation: Sequence[Moments],
-    test: Sequence[Moments],
-    lambdas: Sequence[float],
-    *,
-    targets: int,
-    shrink: Shrink = "zero",
-) -> Tensor:
-    """Compute the R² of ridge maps from every source layer to every target layer, from moments alone.
-
-    Args:
-        fit: One per source layer; the target holds all target layers side by side.
-        validation: The same for the rows that choose λ, cell by cell.
-        test: The same for the rows that are reported.
-        lambdas: The grid.
-        targets: Number of target layers.
-        shrink: As in `ridge_path`.
-
-    Returns:
-        Pooled R², `(sources, targets)`.
-
-    Raises:
-        FitError: As in `ridge_path`, or if a target does not vary.
-
-    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
-    >>> moments = [Moments.of(x, torch.cat([x, 3 * x], 1))]
-    >>> cross_layer_r2(moments, moments, moments, [1e-6, 1.0], targets=2).round(decimals=6).tolist()
-    [[1.0, 1.0]]
-    """
-    matrix = torch.zeros(len(fit), targets, dtype=torch.float64)
-    for row, (seen, chooses, reports) in enumerate(zip(fit, validation, test, strict=True)):
-        source = spectrum(seen)
-        width, left_over = divmod(len(seen.mean_y), targets)
-        assert not left_over, f"{len(seen.mean_y)} target columns do not hold {targets} layers"
-        for column in range(targets):
-            cut = (column * width, (column + 1) * width)
-            path = ridge_path(seen.columns(*cut), lambdas, shrink=shrink, source=source)
-            best = int(path_sse(path, chooses.columns(*cut)).argmin())
-            matrix[row, column] = map_r2(path.map(best), reports.columns(*cut))
-    return matrix
 
 
 def _r2(errors: Tensor, spread: Tensor, per_dim: bool) -> Tensor:

@@ -221,12 +221,13 @@ def bootstrap_sums(
         level: Coverage.
         groups: Prompt of each row; whole prompts are resampled.
 
-    >>> bootstrap_sums(torch.ones(3, 2), lambda sums: sums[:, 0] / sums[:, 1], generator=generator(17)) == (1.0, 1.0, 1.0, 3)
+    >>> bootstrap_sums(torch.ones(3, 2), lambda s: s[:, 0] / s[:, 1], generator=generator(17)) == (1, 1, 1, 3)
     True
     """
-    index = group_index(groups, len(cells))
+    index, cells = group_index(groups, len(cells)), cells.detach().to("cpu", torch.float64)
+    order = cells.sum(1).argsort(stable=True)
     sums = torch.zeros(int(index.max()) + 1, cells.shape[1], dtype=torch.float64)
-    sums = sums.index_add_(0, index, cells.detach().to("cpu", torch.float64))
+    sums.index_add_(0, index[order], cells[order])
     sums = sums[sums.sum(1).argsort(stable=True)]
     values = statistic(_resample(sums, draws, generator))
     low, high = _percentiles(values, torch.ones_like(values, dtype=torch.bool), level)

@@ -1,1 +1,1 @@
-"""What is done to a running model: sites, hooks, patches, and re-running only what lies above an intervention."""
+"""What is done to a running model: hooks, patches, and running only what lies above an intervention."""

@@ -1,4 +1,4 @@
-"""Name one activation of one layer."""
+"""Name one activation of one layer, and the parts of a prompt."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from mechdiff.errors import SiteError
 Component = Literal["resid_post", "attn_out", "mlp_out", "head_z", "head_out"]
 COMPONENTS: tuple[str, ...] = get_args(Component)
 
+PREFIX, USER, SUFFIX, OTHER = range(4)
+"""Regions of a prompt: the template before the user's text, that text, the template after it, and tokens that
+belong to none of them alone."""
 POSITIONS = ("last", "user", "template")
-"""Groups of positions, each with maps of its own: the final token before the answer, tokens that end in the user's text, and the other tokens of the
-chat template after it. The template before the user's text is the same in every prompt and belongs to none."""
+"""Groups of positions, each with maps of its own: the final token before the answer, tokens that end in the
+user's text, and the other tokens of the chat template after it. The template before the user's text is the
+same in every prompt and belongs to none."""
 
 _PATTERN = re.compile(r"(?P<component>[a-z_]+)\.(?P<layer>\d+)")
 
@@ -25,8 +29,9 @@ class Site:
 
     Attributes:
         layer: Index of the block, from 0.
-        component: ``resid_post`` is the output of the block, ``attn_out`` and ``mlp_out`` are module outputs, ``head_z`` is the input of the output
-            projection split into query heads, ``head_out`` is each head's contribution to the residual, with the model's own output projection.
+        component: ``resid_post`` is the output of the block, ``attn_out`` and ``mlp_out`` are module outputs,
+            ``head_z`` is the input of the output projection split into query heads, ``head_out`` is each
+            head's contribution to the residual, with the model's own output projection.
     """
 
     layer: int
@@ -46,8 +51,9 @@ class Site:
             return text
         match = _PATTERN.fullmatch(str(text).strip())
         if match is None or match["component"] not in COMPONENTS:
+            known = ", ".join(COMPONENTS)
             raise SiteError(
-                f"unknown site {text!r}; allowed: <component>.<layer>, component one of {', '.join(COMPONENTS)}"
+                f"unknown site {text!r}; allowed: <component>.<layer>, component one of {known} (key: layers)"
             )
         return cls(int(match["layer"]), match["component"])  # type: ignore[arg-type]
 

@@ -1,7 +1,8 @@
-"""What is fitted: LightningModules over stored activations, with no language model in them."""
+"""What is fitted or compared: LightningModules over stored activations, with no language model in them."""
 
 from mechdiff.modules.base import DiffModule
 from mechdiff.modules.clt import CLTMap
 from mechdiff.modules.clt_sgd import CLTMapSGD
+from mechdiff.modules.divergence import Divergence
 
-__all__ = ["CLTMap", "CLTMapSGD", "DiffModule"]
+__all__ = ["CLTMap", "CLTMapSGD", "DiffModule", "Divergence"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,11 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from mechdiff.errors import FitError
+from mechdiff.functional.cka import cka_jackknife
+from mechdiff.functional.stats import Groups, Interval
 from mechdiff.interventions.sites import Site
 from mechdiff.results import Question, Record
 
 if TYPE_CHECKING:
     from mechdiff.interventions.hooks import Edit
+
+MIN_PROMPTS = 5
+"""A delete-one interval of the debiased CKA needs as many prompts."""
 
 UNTOUCHED = -1
 """Marks, in ``where``, a position that an edit leaves alone."""
@@ -22,8 +29,8 @@ UNTOUCHED = -1
 class DiffModule(LightningModule):
     """A fitted relation between the activations of two models.
 
-    It never holds a language model: it is fitted to stored activations, and what it does inside a frozen model is a pure function handed to
-    ``intervene`` or to the suffix engine.
+    It never holds a language model: it is fitted to stored activations, and what it does inside a frozen
+    model is a pure function handed to ``intervene`` or to the suffix engine.
 
     Attributes:
         question: The research question that it serves.
@@ -31,9 +38,11 @@ class DiffModule(LightningModule):
         sites: Names of its target sites.
         sources: Name of the source site of each target site.
         positions: Groups of positions that it knows.
+        needs_fit: Whether there is nothing to test before a fit.
     """
 
     question: ClassVar[Question]
+    needs_fit: ClassVar[bool] = True
     solver_name: str
     sites: list[str]
     sources: list[str]
@@ -44,6 +53,10 @@ class DiffModule(LightningModule):
     def fitted(self) -> bool:
         """Whether there is anything to test."""
 
+    def ranking(self) -> dict[str, float]:
+        """Return how much the models differ at each site, where a test has said so."""
+        return {}
+
     def controls(self) -> list[str]:
         """Return the kinds of edit that serve as controls."""
         return []
@@ -53,11 +66,65 @@ class DiffModule(LightningModule):
         """Return what to do to a running model.
 
         Args:
-            donor: The other model's activations in the recipient's rows, ``(batch, position, d)`` by source site; None where none is needed.
-            where: Index into the positions groups, ``(batch, position)``; ``UNTOUCHED`` leaves a position as it is.
+            donor: Activations in the recipient's rows, ``(batch, position, d)`` by site; None where none are
+                needed.
+            where: Index into ``POSITIONS``, ``(batch, position)``; ``UNTOUCHED`` leaves a position as it is.
             **cell: Which of the possible edits (kind, site, k, alpha, ...).
         """
 
     @abstractmethod
     def records(self) -> Iterable[Record]:
         """Return what the test split said; valid after ``trainer.test``."""
+
+
+def estimated(quantity: str, estimate: Interval, about: Mapping[str, Any]) -> Record:
+    """Make the record of an estimate; an end that resampling could not bound is None and flagged.
+
+    Args:
+        quantity: What was measured.
+        estimate: The number with its interval.
+        about: The other attributes of the record; `n` is the estimate's own.
+    """
+    low, high = (end if math.isfinite(end) else None for end in (estimate.low, estimate.high))
+    flags = (*about.get("flags", ()), *(("unbounded_interval",) if None in (low, high) else ()))
+    attributes = {**about, "n": estimate.n, "flags": flags}
+    return Record(quantity=quantity, value=estimate.value, low=low, high=high, **attributes)
+
+
+def similarity(
+    quantity: str,
+    x: Tensor,
+    y: Tensor,
+    prompt: Groups,
+    about: Mapping[str, Any],
+    within: Groups | None = None,
+) -> Record:
+    """Make the record of a linear CKA with its delete-one-prompt interval, if it is defined.
+
+    Args:
+        quantity: ``cka`` or ``cka_debiased``.
+        x: ``(rows, d_x)``.
+        y: ``(rows, d_y)``, the same rows.
+        prompt: Prompt of each row.
+        about: The other attributes of the record.
+        within: Class of each row, to compare within classes.
+    """
+    if about["n"] < MIN_PROMPTS:
+        return missing(quantity, "too_few_prompts", about)
+    debiased = quantity == "cka_debiased"
+    try:
+        found = cka_jackknife(x, y, debiased=debiased, groups=prompt, within=within)
+    except FitError:  # one side does not vary
+        return missing(quantity, "no_variance", about)
+    return estimated(quantity, found, about)
+
+
+def missing(quantity: str, reason: str, about: Mapping[str, Any]) -> Record:
+    """Make the record of a quantity that has no value.
+
+    Args:
+        quantity: What was to be measured.
+        reason: Why there is no value, a short word.
+        about: The other attributes of the record.
+    """
+    return Record(quantity=quantity, value=None, reason=reason, **about)

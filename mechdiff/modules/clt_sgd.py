@@ -1,28 +1,30 @@
-"""CLTMapSGD: the same maps as CLTMap, by gradient descent; for more rows than a closed form wants to hold, or for several devices.
+"""CLTMapSGD: the maps of CLTMap by gradient descent, for more rows than one process wants to sum up.
 
 1. States are standardised with the mean and deviation of the training split.
-2. AdamW descends the squared error of what is added to the shrinkage target, in units of its own variance.
-3. After every epoch the parameters are folded back into plain affine maps, so that everything downstream is that of ``CLTMap``.
+2. AdamW descends the squared error of what is added to the shrinkage target, in units of its own deviation.
+   The control descends beside it, on shuffled rows.
+3. After every epoch the parameters are folded back into plain affine maps, so that everything downstream is
+   that of `AffineMaps`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mechdiff.config import SEED
-from mechdiff.errors import FitError
-from mechdiff.functional.clt import Shrink
+from mechdiff.functional.clt import AffineMap, Shrink
+from mechdiff.functional.moments import Moments
 from mechdiff.functional.stats import generator
 from mechdiff.interventions.sites import POSITIONS
-from mechdiff.modules.clt import Batch, CLTMap
+from mechdiff.modules.clt_fit import other_rows
+from mechdiff.modules.maps import AffineMaps, Batch
 
 
-class CLTMapSGD(CLTMap):
-    """Maps fitted by AdamW, with early stopping on ``val/loss``.
+class CLTMapSGD(AffineMaps):
+    """Maps fitted by AdamW; stop early, and keep the best, on ``val/loss``.
 
     Args:
         sites: Target sites.
@@ -35,12 +37,15 @@ class CLTMapSGD(CLTMap):
         learning_rate: Step of AdamW.
         weight_decay: Decay of AdamW.
         seed: Seed of shuffling and resampling.
+
+    Raises:
+        FitError: If the sites, positions or widths do not allow maps.
     """
 
     mean_x: Tensor
     mean_y: Tensor
     scale_x: Tensor
-    scale_y: Tensor
+    unit: Tensor
 
     def __init__(
         self,
@@ -55,116 +60,91 @@ class CLTMapSGD(CLTMap):
         weight_decay: float = 1e-2,
         seed: int = SEED,
     ) -> None:
-        super().__init__(sites, source_sites, positions, d_source, d_target, noise, shrink=shrink, seed=seed)
+        super().__init__(sites, source_sites, positions, d_source, d_target, noise, shrink, seed)
         self.save_hyperparameters()
-        self.automatic_optimization = True
         self.solver_name = "sgd"
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        shape = (2, *self.mapped_weight.shape)  # the map, and its shuffled control
-        self.weight, self.bias = (
-            nn.Parameter(torch.zeros(shape)),
-            nn.Parameter(torch.zeros(2, *self.mapped_bias.shape)),
-        )
-        for name, width in (
-            ("mean_x", d_source),
-            ("scale_x", d_source),
-            ("mean_y", d_target),
-            ("scale_y", d_target),
+        self.weight = nn.Parameter(torch.zeros(2, *self.mapped_weight.shape))  # the map, then its control
+        self.bias = nn.Parameter(torch.zeros(2, *self.mapped_bias.shape))
+        for name, shape in (
+            ("mean_x", (d_source,)),
+            ("scale_x", (d_source,)),
+            ("mean_y", (d_target,)),
+            ("unit", ()),
         ):
-            self.register_buffer(name, torch.zeros(*self.chosen.shape, width))
+            self.register_buffer(name, torch.zeros(*self.chosen.shape, *shape))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW."""
-        return torch.optim.AdamW(
-            [self.weight, self.bias], lr=self.learning_rate, weight_decay=self.weight_decay
-        )
+        parameters = [self.weight, self.bias]
+        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def on_fit_start(self) -> None:
-        """Read the training split once for means and deviations; a resumed fit has them from its checkpoint."""
-        if bool((self.scale_x > 0).all()):
+        """Read the training split once for means and deviations; a resumed fit has them from its checkpoint.
+
+        Every process reads all of it, so that all standardise alike.
+
+        Raises:
+            FitError: If there are fewer than 2 rows at some position.
+        """
+        if self.unit.numel() and bool((self.unit > 0).all()):
             return
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        sums: dict[tuple[int, int], list[Tensor]] = {}
-        for batch in datamodule.train_dataloader():
-            for (site, _, group), x, y in self._cells(batch):
-                y = y - x if self.shrink == "identity" else y
-                parts = [
-                    torch.tensor(float(len(x))),
-                    *(f(v.double()) for v in (x, y) for f in (_total, _squares)),
-                ]
-                sums[site, group] = [
-                    a + b
-                    for a, b in zip(sums.get((site, group), [torch.tensor(0.0)] * 5), parts, strict=True)
-                ]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        sums: dict[tuple[int, int], tuple[int, Tensor]] = {}
+        for rows in data.rows("train").split(data.batch_size):
+            for (site, _, group), x, y in self.cells(data.read(rows)):
+                both = torch.cat([x, y], 1).to(torch.float64)
+                both[:, self.d_source :] -= both[:, : self.d_source] if self.shrink == "identity" else 0
+                n, total = sums.get((site, group), (0, torch.zeros(())))
+                sums[site, group] = n + len(x), total + torch.stack([both.sum(0), both.square().sum(0)])
         for site in range(len(self.sites)):
-            for group, positions in enumerate(self.positions):
-                if (site, group) not in sums:
-                    raise FitError(
-                        f"no training rows at {self.sites[site]}, positions {positions} (keys: data.tokens, data.val_frac)"
-                    )
-                n, x1, x2, y1, y2 = sums[site, group]
-                for name, first, second in (("x", x1, x2), ("y", y1, y2)):
-                    mean = first / n
-                    scale = (second / n - mean.square()).clamp_min(0).sqrt()
-                    getattr(self, f"mean_{name}")[site, group] = mean.to(self.shift)
-                    getattr(self, f"scale_{name}")[site, group] = scale.clamp_min(
-                        1e-6 * scale.max() + 1e-12
-                    ).to(self.shift)
-                self.shift[site, group] = self.mean_y[site, group]
+            for group in range(len(self.positions)):
+                n, total = sums.get((site, group), (0, torch.zeros(())))
+                if n < 2:
+                    raise self.no_rows("training", site, group)
+                self._standardise(site, group, *(total / n))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the squared error of map and shuffled control, averaged over sites and groups."""
+        """Return the squared error of maps and shuffled controls, averaged over sites and groups."""
         losses = []
-        for (site, _, group), x, y in self._cells(batch):
-            y = y - x if self.shrink == "identity" else y
-            order = torch.randperm(
-                len(x), generator=generator(self.seed, "shuffled", self.current_epoch, site, group, batch_idx)
-            )
+        for (site, _, group), x, y in self.cells(batch):
+            target = y - x if self.shrink == "identity" else y
+            draws = generator(self.seed, "shuffled", self.current_epoch, site, group, batch_idx)
+            other = other_rows(len(x), draws).to(x.device)
             source = (x - self.mean_x[site, group]) / self.scale_x[site, group]
-            unit = self.scale_y[site, group].square().mean().sqrt()
-            for control, target in enumerate((y, y[order.to(y.device)])):
-                goal = (target - self.mean_y[site, group]) / unit
-                losses.append(
-                    (source @ self.weight[control, site, group] + self.bias[control, site, group] - goal)
-                    .square()
-                    .mean()
-                )
+            goals = (torch.stack([target, target[other]]) - self.mean_y[site, group]) / self.unit[site, group]
+            predicted = source @ self.weight[:, site, group] + self.bias[:, site, group, None]
+            losses.append((predicted - goals).square().mean())
         loss = torch.stack(losses).mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     @torch.no_grad()
-    def _solve(self, site: int, group: int) -> None:
-        """Fold the parameters into plain maps."""
-        if (site, site, group) not in self._validation:
-            raise FitError(
-                f"no validation rows at {self.sites[site]}, positions {self.positions[group]} (key: data.val_frac)"
-            )
-        unit = self.scale_y[site, group].square().mean().sqrt()
+    def solve(self, site: int, group: int, validation: Moments) -> None:
+        """Fold the parameters of one site and group into plain maps.
+
+        Args:
+            site: Index of the site.
+            group: Index into ``positions``.
+            validation: Not used: the epoch to keep is chosen by callbacks.
+        """
+        mean_x, mean_y, unit = (part[site, group] for part in (self.mean_x, self.mean_y, self.unit))
         for control, kind in enumerate(("mapped", "shuffled")):
-            weight = self.weight[control, site, group] / self.scale_x[site, group][:, None] * unit
-            bias = (
-                self.mean_y[site, group]
-                + unit * self.bias[control, site, group]
-                - self.mean_x[site, group] @ weight
-            )
+            weight = unit * self.weight[control, site, group] / self.scale_x[site, group][:, None]
+            bias = mean_y + unit * self.bias[control, site, group] - mean_x @ weight
             if self.shrink == "identity":
                 weight = weight + torch.eye(len(weight), device=weight.device)
-            getattr(self, f"{kind}_weight")[site, group] = weight
-            getattr(self, f"{kind}_bias")[site, group] = bias
+            self.keep(site, group, kind, AffineMap(weight, bias))
         self.chosen[site, group] = 0
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of a closed form, which has no parameters to go on from."""
-        if "weight" not in checkpoint["state_dict"]:
-            raise FitError(
-                "the checkpoint holds maps in closed form; resume a fit of CLTMapSGD (key: ckpt_path)"
-            )
-
-
-def _total(values: Tensor) -> Tensor:
-    return values.sum(0)
-
-
-def _squares(values: Tensor) -> Tensor:
-    return values.square().sum(0)
+    def _standardise(self, site: int, group: int, mean: Tensor, square: Tensor) -> None:
+        """Keep means and deviations, none of them too small to divide by."""
+        scale = (square - mean.square()).clamp_min(0).sqrt()
+        x, y = mean.split([self.d_source, self.d_target])
+        scale_x, scale_y = scale.split([self.d_source, self.d_target])
+        tiny = torch.finfo(self.shift.dtype).tiny ** 0.5
+        self.mean_x[site, group], self.mean_y[site, group] = x.to(self.shift), y.to(self.shift)
+        self.scale_x[site, group] = scale_x.clamp_min(1e-6 * scale_x.max() + tiny).to(self.shift)
+        self.unit[site, group] = scale_y.square().mean().sqrt().clamp_min(tiny).to(self.shift)
+        if self.equal_widths:
+            self.shift[site, group] = (y if self.shrink == "identity" else y - x).to(self.shift)

@@ -151,3 +151,51 @@ def test_standardize_undoes():
     assert torch.allclose(states[:, :3].std(0, correction=0), torch.ones(3, dtype=torch.float64))
     assert states[:, 3].abs().max() == 0
     assert standardize(x.bfloat16()).states.dtype == torch.float32
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_within_classes_is_the_mean_of_their_hsic(debiased):
+    x, y = 5 * gaussian(24, 7), gaussian(24, 9, name="y")
+    y[:, :7] += 0.2 * x
+    x[::3] *= 3
+    classes = torch.arange(24) % 3
+    size = torch.tensor([8.0] * 3, dtype=torch.float64)
+
+    def hsic(a, b):
+        parts = [(a[classes == c], b[classes == c]) for c in range(3)]
+        if debiased:
+            each = [u_statistic(p, q, torch.arange(8)) for p, q in parts]
+            return (size * torch.tensor(each, dtype=torch.float64)).sum()
+        each = [(p - p.mean(0)).T @ (q - q.mean(0)) / len(p) for p, q in parts]
+        return (size * torch.stack([e.square().sum() for e in each])).sum()
+
+    expected = hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
+    found = cka_jackknife(x, y, debiased=debiased, within=classes)
+    assert found.value == pytest.approx(expected.item(), rel=1e-9)
+    assert found.n == 24
+    assert found.low < found.value < found.high
+    same = cka_jackknife(x, 2 * x + 1, debiased=debiased, within=classes)
+    assert tuple(same) == pytest.approx((1, 1, 1, 24), abs=1e-9)
+    alone = cka_jackknife(x, y, debiased=debiased, within=["a"] * 24)
+    assert tuple(alone) == pytest.approx(tuple(cka_jackknife(x, y, debiased=debiased)), rel=1e-9)
+
+
+def test_within_classes_delete_one_is_the_loop():
+    x, y = gaussian(18, 5), gaussian(18, 5, name="y") + gaussian(18, 5)
+    classes = torch.arange(18) % 3
+    found = cka_jackknife(x, y, within=classes)
+    kept = [torch.arange(18) != i for i in range(18)]
+    loop = [cka_jackknife(x[k], y[k], within=classes[k]).value for k in kept]
+    loop = torch.tensor(loop, dtype=torch.float64)
+    assert tuple(found) == pytest.approx(tuple(jackknife(loop, found.value)), rel=1e-9)
+
+
+def test_what_tells_classes_apart_does_not_count_within_them():
+    classes = torch.arange(60) % 2
+    gap = 20.0 * classes[:, None]
+    x, y = gaussian(60, 300) + gap, gaussian(60, 300, name="y") + gap
+    assert cka_jackknife(x, y).value > 0.9
+    within = cka_jackknife(x, y, within=classes)
+    assert within.low < 0 < within.high
+    with pytest.raises(FitError, match="within classes"):
+        cka_jackknife(x, y, within=range(60))

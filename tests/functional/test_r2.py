@@ -12,7 +12,7 @@ from mechdiff.functional.clt import (
     ridge_path_rows,
 )
 from mechdiff.functional.moments import Moments
-from mechdiff.functional.r2 import cross_layer_r2, map_r2, map_sse, path_sse, r2, r2_delta, sse_rows
+from mechdiff.functional.r2 import map_r2, map_sse, path_sse, r2, r2_delta, sse_rows
 from mechdiff.functional.stats import bootstrap_ratio, generator
 
 
@@ -88,28 +88,6 @@ def test_fixed_points():
         map_r2(identity_map(8), Moments.of(x, x), baseline="identity")
     with pytest.raises(FitError, match="does not vary"):
         r2(torch.zeros(3, 2), torch.ones(3, 2))
-
-
-@pytest.mark.parametrize("shrink", ["identity", "zero"])
-def test_layer_matrix_is_the_loop_over_layers(shrink):
-    layers = 3
-    shared = gaussian(12, 12, name="shared")
-    seen, chooses, reports = (gaussian(n, 12, name="layers") @ shared for n in (30, 20, 25))
-    parts = [
-        [Moments.of(rows[:, 4 * s : 4 * s + 4], rows) for s in range(layers)]
-        for rows in (seen, chooses, reports)
-    ]
-    matrix = cross_layer_r2(*parts, LAMBDA_GRID, targets=layers, shrink=shrink)
-    assert torch.allclose(matrix.diagonal(), torch.ones(3, dtype=torch.float64), atol=1e-6)
-    for s in range(layers):
-        for t in range(layers):
-            cells = [
-                (rows[:, 4 * s : 4 * s + 4], rows[:, 4 * t : 4 * t + 4]) for rows in (seen, chooses, reports)
-            ]
-            maps = [fit_ridge(*cells[0], lambda_, shrink=shrink) for lambda_ in LAMBDA_GRID]
-            best = min(maps, key=lambda m: sse_rows(map_states(cells[1][0], m), cells[1][1]).sum().item())
-            expected = r2(map_states(cells[2][0], best), cells[2][1]).item()
-            assert matrix[s, t].item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_shrinking_to_the_identity_wins_where_rows_are_few():

@@ -8,6 +8,7 @@ from mechdiff.errors import SiteError
 from mechdiff.interventions.sites import COMPONENTS, Site, check_layers
 
 ALLOWED = "; allowed: <component>.<layer>, component one of resid_post, attn_out, mlp_out, head_z, head_out"
+KEY = " (key: layers)"
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -38,7 +39,7 @@ def test_a_site_prints_as_it_parses(component: str, layer: int) -> None:
     ],
 )
 def test_an_unknown_site_is_refused(text: str) -> None:
-    with pytest.raises(SiteError, match=f"^{re.escape(f'unknown site {text!r}{ALLOWED}')}$"):
+    with pytest.raises(SiteError, match=f"^{re.escape(f'unknown site {text!r}{ALLOWED}{KEY}')}$"):
         Site.parse(text)
 
 

@@ -1,0 +1,124 @@
+"""Decode greedily, in batches.
+
+1. Prompts of similar length share a batch, padded on the left, so that every answer continues at the last
+   column; positions count from each prompt's own first token.
+2. Each step takes the most probable token, the first of equals, among all or a given set.
+3. An answer ends before the first stop token, or at the limit. Rows that have ended leave the batch when they
+   are half of it.
+
+The defaults that a checkpoint brings along (temperature, penalties) play no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mechdiff.errors import ActivationError
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    allowed_ids: Tensor | None = None,
+    rows_per_batch: int = 32,
+) -> list[list[int]]:
+    """Continue prompts greedily; the answers alone, without a stop token.
+
+    Args:
+        model: A causal language model.
+        prompts: Token ids of each prompt, at least one token.
+        max_new_tokens: Longest answer in tokens.
+        stop_ids: Tokens that end an answer.
+        allowed_ids: Tokens that may be chosen, `(size,)`; stop tokens always may. None: all.
+        rows_per_batch: Prompts that run together.
+
+    Returns:
+        Token ids of each answer, in the order of the prompts.
+
+    Raises:
+        ActivationError: If the model gives logits that are not finite.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    answers: dict[int, list[int]] = {}
+    for start in range(0, len(order), rows_per_batch):
+        batch = order[start : start + rows_per_batch]
+        found = _generate_batch(model, [prompts[i] for i in batch], max_new_tokens, stop_ids, allowed_ids)
+        answers.update(zip(batch, found, strict=True))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer_eos: int | None) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's, the model's and those of its generation config.
+
+    Args:
+        model: A causal language model.
+        tokenizer_eos: End token of its tokenizer, if it has one.
+    """
+    found = {tokenizer_eos} - {None}
+    for config in (model.config, model.generation_config):
+        ends = getattr(config, "eos_token_id", None)
+        found |= set(ends) if isinstance(ends, list | tuple) else {ends} - {None}
+    return sorted(int(i) for i in found if i is not None)
+
+
+@torch.no_grad()
+def _generate_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    allowed_ids: Tensor | None,
+) -> list[list[int]]:
+    device, width = model.device, max(map(len, prompts))
+    assert min(map(len, prompts)) > 0, "a prompt has no token"
+    tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    forbidden: Tensor | None = None
+    cache, rows = None, torch.arange(len(prompts))
+    answers: list[list[int]] = [[] for _ in prompts]
+    running = torch.ones(len(prompts), dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        out = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits, cache = out.logits[:, -1], out.past_key_values
+        if not logits.isfinite().all():
+            raise ActivationError(
+                f"{type(model).__name__} in {model.dtype} gives non-finite logits; allowed: finite ones "
+                "(key: pair.dtype)"
+            )
+        if allowed_ids is not None:
+            if forbidden is None:
+                forbidden = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
+                forbidden[allowed_ids.to(device)] = False
+                forbidden[stops] = False
+            logits = logits.masked_fill(forbidden, float("-inf"))
+        tokens = logits.argmax(-1, keepdim=True)
+        running &= ~torch.isin(tokens[:, 0], stops).cpu()
+        for row, token, goes_on in zip(rows.tolist(), tokens[:, 0].tolist(), running.tolist(), strict=True):
+            if goes_on:
+                answers[row].append(token)
+        if not running.any():
+            break
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        if 2 * int(running.sum()) <= len(running):
+            kept = running.nonzero()[:, 0]
+            rows, running = rows[kept], running[kept]
+            kept = kept.to(device)
+            tokens, positions, mask = tokens[kept], positions[kept], mask[kept]
+            cache.batch_select_indices(kept)
+    return answers
