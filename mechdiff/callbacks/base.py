@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.progress import track
 from torch import Tensor
 
 from mechdiff.config import SEED
 from mechdiff.data.prompts import Prompt
-from mechdiff.errors import FitError
+from mechdiff.errors import FitError, PromptError
 from mechdiff.functional.stats import (
-    Interval,
     bootstrap_correlation,
     bootstrap_mean,
     bootstrap_ratio,
     generator,
     measurable,
 )
-from mechdiff.modules.base import DiffModule
+from mechdiff.modules.base import DiffModule, estimated, missing
 from mechdiff.pairs.loading import LoadedPair
 from mechdiff.results import Record
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Item:
 class CausalEvaluation(Callback):
     """Runs interventions on the frozen models when a test has ended.
 
-    The command line connects it to the pair; the models are loaded when the first evaluation needs them, and are never children of the module.
+    The command line connects it to the pair; the models are loaded when the first evaluation needs them, and
+    are never children of the module.
     """
 
     seed: int = SEED
@@ -63,6 +65,7 @@ class CausalEvaluation(Callback):
     def __init__(self) -> None:
         self.results: list[Record] = []
         self.items: list[Item] = []
+        self.progress = False
         self._pair: Callable[[], LoadedPair] | None = None
         self._prompts: Sequence[Prompt] = ()
 
@@ -90,71 +93,82 @@ class CausalEvaluation(Callback):
         """Run the evaluation once, on the first process."""
         assert self._pair is not None, "connect() comes before a test"
         assert isinstance(pl_module, DiffModule)
-        prompts = [p for p in self._prompts if p.split in self.splits]
         if not trainer.is_global_zero:
             return
-        self.items = []
-        # Lightning tests in inference mode, whose tensors can never carry a gradient; an evaluation may need them to.
+        prompts = [p for p in self._prompts if p.split in self.splits]
+        if not prompts:
+            raise PromptError(f"no prompt has split {' or '.join(self.splits)} (key: pair.prompts)")
+        self.items, self.progress = [], trainer.progress_bar_callback is not None
+        # Lightning tests in inference mode, whose tensors can never carry a gradient; these may need one.
         with torch.inference_mode(False), torch.no_grad():
             self.results = list(self.evaluate(pl_module, self._pair(), prompts))
 
-    def mean(self, values: Tensor, name: str, **record: Any) -> Record:
+    def track(self, steps: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+        """Show a progress bar over steps, if the trainer shows any.
+
+        Args:
+            steps: What is gone through.
+            what: What is being done.
+            total: How many steps there are, where their length cannot be asked.
+        """
+        return track(steps, what, total, disable=not self.progress, transient=True)
+
+    def mean(self, values: Tensor, quantity: str, **about: Any) -> Record:
         """Return the record of a mean over prompts with its bootstrap interval.
 
         Args:
             values: One number per prompt, ``(n,)``.
-            name: Quantity.
-            **record: The other attributes of the record.
+            quantity: What was measured.
+            **about: The other attributes of the record.
         """
-        return Record(
-            quantity=name,
-            **interval(bootstrap_mean(values, generator=self._generator(name, record))),
-            **record,
-        )
+        return estimated(quantity, bootstrap_mean(values, generator=self._generator(quantity, about)), about)
 
-    def ratio(self, numerator: Tensor, denominator: Tensor, floor: float, name: str, **record: Any) -> Record:
-        """Return the record of ``1 − mean(numerator) / mean(denominator)``, or say that the gap is too small to divide by.
+    def gap(self, values: Tensor, floor: float, about: dict[str, Any]) -> bool:
+        """Say whether a mean over prompts is large enough to divide by.
+
+        Args:
+            values: One number per prompt, ``(n,)``.
+            floor: What it is when nothing differs.
+            about: Attributes of the record that divides by it.
+        """
+        return measurable(bootstrap_mean(values, generator=self._generator("gap", about)), floor)
+
+    def ratio(
+        self, numerator: Tensor, denominator: Tensor, floor: float, quantity: str, **about: Any
+    ) -> Record:
+        """Return the record of ``1 − mean(numerator) / mean(denominator)``, unless the gap is too small.
 
         Args:
             numerator: One number per prompt, ``(n,)``.
             denominator: One number per prompt, ``(n,)``.
             floor: What the denominator measures when nothing differs.
-            name: Quantity.
-            **record: The other attributes of the record.
+            quantity: What was measured.
+            **about: The other attributes of the record.
         """
-        gap = bootstrap_mean(denominator, generator=self._generator("gap", record))
-        if not measurable(gap, floor):
-            return Record(quantity=name, value=None, n=gap.n, reason="gap_too_small", **record)
-        draws = self._generator(name, record)
-        return Record(
-            quantity=name,
-            **interval(bootstrap_ratio(numerator, denominator, generator=draws, complement=True)),
-            **record,
-        )
+        if not self.gap(denominator, floor, about):
+            return missing(quantity, "gap_too_small", {**about, "n": len(denominator)})
+        draws = self._generator(quantity, about)
+        share = bootstrap_ratio(numerator, denominator, generator=draws, complement=True)
+        return estimated(quantity, share, about)
 
-    def correlation(self, x: Tensor, y: Tensor, classes: Sequence[str], name: str, **record: Any) -> Record:
-        """Return the record of a within-class correlation over prompts, or say that one side does not vary.
+    def correlation(
+        self, x: Tensor, y: Tensor, classes: Sequence[str], quantity: str, **about: Any
+    ) -> Record:
+        """Return the record of a within-class correlation over prompts, unless one side does not vary.
 
         Args:
             x: One number per prompt, ``(n,)``.
             y: One number per prompt, ``(n,)``.
             classes: Class of each prompt.
-            name: Quantity.
-            **record: The other attributes of the record.
+            quantity: What was measured.
+            **about: The other attributes of the record.
         """
         try:
-            estimate = bootstrap_correlation(x, y, list(classes), generator=self._generator(name, record))
+            r = bootstrap_correlation(x, y, list(classes), generator=self._generator(quantity, about))
         except FitError:
-            return Record(quantity=name, value=None, n=len(x), reason="gap_too_small", **record)
-        return Record(quantity=name, **interval(estimate), **record)
+            return missing(quantity, "gap_too_small", {**about, "n": len(x)})
+        return estimated(quantity, r, about)
 
-    def _generator(self, name: str, record: dict[str, Any]) -> torch.Generator:
-        return generator(self.seed, name, record.get("site"), record.get("positions"))
-
-
-def interval(estimate: Interval) -> dict[str, Any]:
-    """Return an interval as attributes of a record; an end that resampling could not bound is None and flagged."""
-    ends = {"low": estimate.low, "high": estimate.high}
-    bounded = {name: end if math.isfinite(end) else None for name, end in ends.items()}
-    flags = () if None not in bounded.values() else ("unbounded_interval",)
-    return {"value": estimate.value, "n": estimate.n, "flags": flags, **bounded}
+    def _generator(self, quantity: str, about: dict[str, Any]) -> torch.Generator:
+        """The same resamples for an arm and its controls."""
+        return generator(self.seed, quantity, about.get("site"), about.get("positions"))

@@ -1,22 +1,28 @@
 """Run the arms of a patching experiment: what the recipient would say next if one site held something else.
 
-1. Each model reads each prompt once; the residuals at the sites are kept.
+1. Each model reads each prompt once; the states at the sites are kept.
 2. An arm rewrites the recipient's residuals at one site; only the blocks above the site are run again.
-3. At the last position the keys and values of the earlier tokens are kept, and all arms are rows of one batch of single tokens.
-4. At all positions the template's fixed beginning is kept as it is, and arms of prompts of similar length share a batch.
+3. At the last position the keys and values of the earlier tokens are kept, and all arms are rows of one batch
+   of single tokens.
+4. At all positions the template's fixed beginning is kept as it is, and arms of prompts of similar length
+   share a batch.
+5. A position is patched where the rows of a fit come from: aligned, outside the template's beginning, and not
+   the first of either prompt (an attention sink).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from mechdiff.functional.metrics import logodds
 from mechdiff.interventions.hooks import record
+from mechdiff.interventions.likelihood import lay_out, total_logprobs
 from mechdiff.interventions.sites import POSITIONS, Site
 from mechdiff.interventions.suffix import SuffixEngine, run_logits
 from mechdiff.modules.base import UNTOUCHED, DiffModule
@@ -38,7 +44,8 @@ class Side:
         engine: Runs the blocks above a site.
         shared: Ids of the tokens that both models have, in the order of both.
         encoded: The prompts.
-        states: Residuals by prompt and site, ``(T, d)``.
+        states: Activations by prompt and site, ``(T, d)``; heads side by side.
+        prefixes: Keys and values of all tokens but the last, by prompt.
         log_p: Clean next-token log-probabilities over the shared tokens by prompt, ``(shared,)``.
         lost: Probability of all other tokens by prompt.
     """
@@ -48,6 +55,7 @@ class Side:
     shared: Tensor
     encoded: list[EncodedPrompt]
     states: list[dict[Site, Tensor]] = field(default_factory=list)
+    prefixes: list[DynamicCache] = field(default_factory=list)
     log_p: list[Tensor] = field(default_factory=list)
     lost: list[float] = field(default_factory=list)
 
@@ -68,13 +76,25 @@ class Side:
         """Return log-probabilities over the shared tokens."""
         return restrict_logits(logits, self.shared)
 
-    def read(self, sites: Sequence[Site]) -> None:
-        """Run every prompt once, unpadded, and keep its states and its next-token distribution."""
-        for index in range(len(self.encoded)):
-            run = self.engine.clean(self.ids(index), None, [site.layer for site in sites])
-            self.states.append({site: run.states[site.layer][0].clone() for site in sites})
-            self.log_p.append(self.restricted(run.logits)[0])
-            self.lost.append(lost_mass(run.logits, self.shared).item())
+    def read(self, sites: Sequence[Site], keep: Callable[[int], Iterable[Site]] | None = None) -> None:
+        """Run every prompt once, unpadded; keep its states, keys and values, and next-token distribution.
+
+        Args:
+            sites: Sites whose states are kept.
+            keep: Those that are kept of a prompt, by its index; all by default.
+        """
+        with record(self.loaded.model, sites) as seen:
+            for index in range(len(self.encoded)):
+                ids, kept = self.ids(index), sites if keep is None else keep(index)
+                prefix = self.engine.prefill(ids[:, :-1])
+                before = {site: seen[site][0].flatten(1) for site in kept}
+                logits = run_logits(self.loaded.model, ids[:, -1:], prefix=prefix)
+                self.states.append(
+                    {site: torch.cat([before[site], seen[site][0].flatten(1)]) for site in kept}
+                )
+                self.prefixes.append(prefix)
+                self.log_p.append(self.restricted(logits)[0])
+                self.lost.append(lost_mass(logits, self.shared).item())
 
 
 class Patcher:
@@ -87,6 +107,12 @@ class Patcher:
         aligned: For each prompt, where recipient (a) and donor (b) are at the same place.
         direction: Which of the two the recipient is; it decides what is mapped.
         tokens_per_batch: Tokens run at once when all positions are patched.
+
+    Attributes:
+        arms: What is done, by name.
+        known: Groups of positions that can be patched.
+        sites: Residual sites that are patched.
+        where: Index into ``POSITIONS`` of each token of each prompt, ``(T,)``, or ``UNTOUCHED``.
     """
 
     def __init__(
@@ -100,105 +126,152 @@ class Patcher:
     ) -> None:
         self.module, self.recipient, self.donor, self.aligned = module, recipient, donor, aligned
         self.direction, self.tokens_per_batch = direction, tokens_per_batch
-        self.arms = ["real" if direction == "into_base" else "raw", "mapped", *module.controls(), "self"]
-        self.sites = [Site.parse(name) for name in module.sites]
+        whole = {"into_base": ["real"], "into_tuned": ["raw"]}[direction]
+        equal = recipient.loaded.width == donor.loaded.width  # else a state does not fit as it is
+        self.arms = [*(whole if equal else []), "mapped", *module.controls(), "self"]
+        self.known = module.positions
+        self.sites = [site for site in map(Site.parse, module.sites) if site.component == "resid_post"]
+        self.where = [
+            groups(pairs, mine, other)
+            for pairs, mine, other in zip(aligned, recipient.encoded, donor.encoded, strict=True)
+        ]
 
-    def last(self, index: int) -> Iterator[tuple[Site, dict[str, Tensor]]]:
-        """Yield, for each site, the restricted log-probabilities ``(shared,)`` of each arm at the last position of a prompt."""
-        ids = self.recipient.ids(index)
-        prefix = self.recipient.engine.prefill(ids[:, :-1])
-        for site in self.sites:
-            hidden = torch.stack([self.edited(index, site, arm, "last")[-1:] for arm in self.arms])
-            tokens = ids[:, -1:].expand(len(self.arms), -1)
+    def patched(self, positions: Where) -> list[int]:
+        """Return the prompts in which something is patched and every patched place has a map, by index.
+
+        A patch of all positions needs maps for all groups that occur, or the arms would touch different
+        places.
+        """
+        if positions == "last":
+            last = POSITIONS.index("last")
+            return [i for i, where in enumerate(self.where) if "last" in self.known and where[-1] == last]
+        mapped = {POSITIONS.index(name) for name in self.known}
+        found = [set(where[where != UNTOUCHED].tolist()) for where in self.where]
+        if not set().union(*found) <= mapped:
+            return []
+        return [i for i, occurring in enumerate(found) if occurring]
+
+    def arms_at(self, site: Site, positions: Where) -> Sequence[str]:
+        """Return what is done at a site and group of positions."""
+        return self.arms
+
+    def last(self, index: int, sites: Sequence[Site] | None = None) -> Iterator[tuple[Site, Tensor]]:
+        """Yield, for each site, the log-probabilities ``(arms, shared)`` with the last position patched.
+
+        Args:
+            index: The prompt.
+            sites: Where to patch, by default at every site.
+        """
+        ids, prefix = self.recipient.ids(index), self.recipient.prefixes[index]
+        for site in self.sites if sites is None else sites:
+            arms = self.arms_at(site, "last")
+            hidden = torch.stack([self.edited(index, site, arm, "last")[-1:] for arm in arms])
+            tokens = ids[:, -1:].expand(len(arms), -1)
             logits = self.recipient.engine.resume(site.layer, hidden, tokens, prefix=prefix)
-            yield site, dict(zip(self.arms, self.recipient.restricted(logits), strict=True))
+            yield site, self.recipient.restricted(logits)
 
-    def everywhere(self) -> Iterator[tuple[int, Site, dict[str, Tensor]]]:
+    def everywhere(
+        self, indices: Sequence[int], sites: Sequence[Site] | None = None
+    ) -> Iterator[tuple[int, Site, Tensor]]:
         """Yield, for each prompt and site, the same with all aligned positions patched."""
-        side = self.recipient
+        side, sites = self.recipient, self.sites if sites is None else sites
         start = side.fixed
         prefix = side.engine.prefill(side.ids(0)[:, :start]) if start else None
-        for batch in self._batches(start):
-            lengths = torch.tensor([len(side.encoded[i]) - start for i in batch]).repeat_interleave(
-                len(self.arms)
-            )
-            tokens = _padded([side.ids(i)[0, start:] for i in batch]).repeat_interleave(len(self.arms), 0)
-            mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long().to(tokens.device)
-            for site in self.sites:
-                hidden = _padded(
-                    [self.edited(i, site, arm, "all")[start:] for i in batch for arm in self.arms]
-                )
+        most = max((len(self.arms_at(site, "all")) for site in sites), default=1)
+        for batch in self._batches(indices, start, most):
+            each = torch.tensor([len(side.encoded[i]) - start for i in batch])
+            padded = _padded([side.ids(i)[0, start:] for i in batch])
+            for site in sites:
+                arms = self.arms_at(site, "all")
+                lengths, tokens = (part.repeat_interleave(len(arms), 0) for part in (each, padded))
+                mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long().to(tokens.device)
+                states = [self.edited(i, site, arm, "all")[start:] for i in batch for arm in arms]
                 logits = side.engine.resume(
-                    site.layer, hidden, tokens, mask, prefix=prefix, logits_at=lengths - 1
+                    site.layer, _padded(states), tokens, mask, prefix=prefix, logits_at=lengths - 1
                 )
-                rows = side.restricted(logits).split(len(self.arms))
-                for index, row in zip(batch, rows, strict=True):
-                    yield index, site, dict(zip(self.arms, row, strict=True))
+                rows = side.restricted(logits).split(len(arms))
+                yield from ((index, site, row) for index, row in zip(batch, rows, strict=True))
 
-    def refusal_logodds(self, index: int, openings: Openings) -> Iterator[tuple[Site, dict[str, float]]]:
-        """Yield, for each site, the log-odds of refusing under the arms ``real``, ``mapped`` and ``self`` at the last position."""
+    def refusal_logodds(
+        self,
+        index: int,
+        openings: Openings,
+        sites: Sequence[Site] | None = None,
+        arms: Sequence[str] = ("real", "mapped"),
+    ) -> Iterator[tuple[Site, dict[str, float]]]:
+        """Yield, for each site, the log-odds of refusing (nats) as it is and with the last position patched.
+
+        Args:
+            index: The prompt.
+            openings: Refusing and complying first words of an answer.
+            sites: Where to patch, by default at every site.
+            arms: What is done.
+
+        Yields:
+            The site, and the log-odds by arm, with that of the clean run as ``self``.
+        """
+        sites = self.sites if sites is None else sites
         side, ids = self.recipient, self.recipient.ids(index)
         texts = [
             side.loaded.tokenizer(text, add_special_tokens=False).input_ids
             for kind in openings
             for text in kind
         ]
-        follow = _padded([torch.tensor(text, device=ids.device) for text in texts])
-        tokens = torch.cat([ids[:, -1:].expand(len(texts), -1), follow[:, :-1]], 1)
-        lengths = torch.tensor([len(text) for text in texts], device=ids.device)
-        mask = (torch.arange(tokens.shape[1], device=ids.device) < lengths[:, None]).long()
-        columns = torch.arange(tokens.shape[1], device=ids.device).expand(len(texts), -1)
-        prefix = side.engine.prefill(ids[:, :-1])
-        with record(side.loaded.model, self.sites) as states:
-            clean = run_logits(side.loaded.model, tokens, mask, columns, prefix)
+        layout = lay_out(int(ids[0, -1]), texts, ids.device)
+        prefix = side.prefixes[index]
+        with record(side.loaded.model, sites) as states:
+            clean = run_logits(side.loaded.model, layout.tokens, layout.mask, layout.columns, prefix)
 
         def odds(logits: Tensor) -> float:
-            chosen = logits.float().log_softmax(-1).gather(-1, follow[..., None])[..., 0]
-            refusing, complying = (chosen * mask).sum(1).split([len(kind) for kind in openings])
-            return float(logodds(refusing, complying))
+            return float(logodds(*total_logprobs(logits, layout).split([len(kind) for kind in openings])))
 
         reference = odds(clean)
-        for site in self.sites:
+        for site in sites:
             result = {"self": reference}
-            for arm in ("real", "mapped"):
+            for arm in arms:
                 hidden = states[site].clone()
                 hidden[:, 0] = self.edited(index, site, arm, "last")[-1]
-                result[arm] = odds(
-                    side.engine.resume(site.layer, hidden, tokens, mask, prefix=prefix, logits_at=columns)
+                rows = layout.tokens, layout.mask
+                logits = side.engine.resume(
+                    site.layer, hidden, *rows, prefix=prefix, logits_at=layout.columns
                 )
+                result[arm] = odds(logits)
             yield site, result
 
     def edited(self, index: int, site: Site, arm: str, positions: Where) -> Tensor:
         """Return the recipient's residuals at a site as an arm leaves them, ``(T, d)``."""
-        own = self.recipient.states[index]
-        aligned = self.aligned[index]
-        where = torch.full((len(own[site]),), UNTOUCHED, device=own[site].device)
-        where[aligned.positions_a] = groups(aligned).to(where.device)
+        own = self.recipient.states[index][site]
+        where = self.where[index].to(own.device)
         if positions == "last":
-            where[where != POSITIONS.index("last")] = UNTOUCHED
-        borrowed = self.direction == "into_tuned" or arm == "real"
-        donor = self._in_rows_of_recipient(index) if borrowed else own
-        kind = "raw" if arm == "real" else arm
-        edits = self.module.edits({s: h[None] for s, h in donor.items()}, where[None], site=site, kind=kind)
-        edit = edits.get(site)
-        positions_of_tokens = torch.arange(len(where), device=where.device)[None]
-        return own[site] if edit is None else edit(own[site][None], positions_of_tokens)[0]
+            where = where.masked_fill(where != POSITIONS.index("last"), UNTOUCHED)
+        source = Site.parse(self.module.sources[self.module.sites.index(str(site))])
+        donor = {s: self.donated(index, s, arm)[None] for s in {site, source}}
+        edit = self.module.edits(donor, where[None], site=site, kind=self.kind(arm)).get(site)
+        return own if edit is None else edit(own[None], torch.arange(len(where), device=own.device)[None])[0]
 
-    def _in_rows_of_recipient(self, index: int) -> Mapping[Site, Tensor]:
-        aligned, length = self.aligned[index], len(self.recipient.encoded[index])
-        moved = {}
-        for site, states in self.donor.states[index].items():
-            rows = states.new_zeros(length, states.shape[-1])
-            rows[aligned.positions_a] = states[aligned.positions_b]
-            moved[site] = rows
-        return moved
+    def kind(self, arm: str) -> str:
+        """Return the kind of edit that an arm is."""
+        return "raw" if arm == "real" else arm
 
-    def _batches(self, start: int) -> Iterable[list[int]]:
-        """Group prompts of similar length so that all their arms fit into one batch."""
-        lengths = [len(e) - start for e in self.recipient.encoded]
+    def donated(self, index: int, site: Site, arm: str) -> Tensor:
+        """Return what an arm starts from, ``(T, d)``: the donor's states, or the own."""
+        if self.direction == "into_base" and arm != "real":
+            return self.recipient.states[index][site]
+        return self.given(index, site)
+
+    def given(self, index: int, site: Site) -> Tensor:
+        """Return the donor's states in the recipient's rows, ``(T, d)``; 0 where nothing is aligned."""
+        aligned, states = self.aligned[index], self.donor.states[index][site]
+        rows = states.new_zeros(len(self.recipient.encoded[index]), states.shape[-1])
+        rows[aligned.positions_a] = states[aligned.positions_b]
+        return rows
+
+    def _batches(self, indices: Sequence[int], start: int, arms: int) -> Iterable[list[int]]:
+        """Group prompts of similar length so that all their arms fit into one batch, whatever their order."""
+        encoded = self.recipient.encoded
         batch: list[int] = []
-        for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-            if batch and (len(batch) + 1) * lengths[index] * len(self.arms) > self.tokens_per_batch:
+        for index in sorted(indices, key=lambda i: (len(encoded[i]), encoded[i].input_ids)):
+            if batch and (len(batch) + 1) * (len(encoded[index]) - start) * arms > self.tokens_per_batch:
                 yield batch
                 batch = []
             batch.append(index)
@@ -206,13 +279,24 @@ class Patcher:
             yield batch
 
 
-def groups(aligned: Alignment) -> Tensor:
-    """Return the index into ``POSITIONS`` of each aligned pair, ``(pairs,)``; ``UNTOUCHED`` in the template's beginning."""
-    names = torch.full_like(aligned.regions, UNTOUCHED)
-    names[aligned.regions == USER] = POSITIONS.index("user")
-    names[aligned.regions == SUFFIX] = POSITIONS.index("template")
-    names[(aligned.regions == SUFFIX) & (aligned.offsets == -1)] = POSITIONS.index("last")
-    return names
+def groups(aligned: Alignment, mine: EncodedPrompt, other: EncodedPrompt) -> Tensor:
+    """Return the index into ``POSITIONS`` of each token, ``(T,)``; ``UNTOUCHED`` where no map acts.
+
+    Args:
+        aligned: Where the two prompts are at the same place.
+        mine: The prompt as the recipient sees it.
+        other: The prompt as the donor sees it.
+    """
+    where = torch.full((len(mine),), UNTOUCHED)
+    for i, j, region in zip(*(part.tolist() for part in aligned[:3]), strict=True):
+        if region == PREFIX or i == 0 or j == 0:
+            continue
+        ends = (i == len(mine) - 1, j == len(other) - 1)
+        # A place is the last one before the answer only if it is so for both models.
+        name = "last" if all(ends) else "template" if region == SUFFIX else "user"
+        assert region in (USER, SUFFIX)
+        where[i] = POSITIONS.index(name)
+    return where
 
 
 def _padded(parts: Sequence[Tensor]) -> Tensor:

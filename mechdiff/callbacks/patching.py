@@ -1,198 +1,227 @@
 """MappedPatch: does a mapped state act inside the model as the real state does?
 
-1. Into tuned: base's state replaces tuned's at one site, raw or under the map. KL(P_tuned ‖ P_patched) says how much of tuned's next-token
-   distribution is lost; a map that carries base's states to tuned's loses little.
-2. Into base: tuned's real state, and beside it the map of base's OWN state. Agreement = 1 − ΣKL(P_real ‖ P_mapped) / ΣKL(P_real ‖ P_base).
+1. Into tuned: base's state replaces tuned's at one site, raw or under the map. KL(P_tuned ‖ P_patched) says
+   how much of tuned's next-token distribution is lost; a map that carries base's states to tuned's loses
+   little.
+2. Into base: tuned's real state, and beside it the map of base's OWN state.
+   Agreement = 1 − ΣKL(P_real ‖ P_mapped) / ΣKL(P_real ‖ P_base).
    The effects of the two on the log-odds of refusing openings are correlated within classes of prompts.
-3. ``last`` patches the final token before the answer, ``all`` every aligned position after the template's fixed beginning, which is left alone in
-   every arm: no map is fitted there.
-4. Distributions are renormalised over the tokens that both models have. The model's own state put back through the same path (``self``) is the
-   noise floor.
+   Maps of other sites than residuals (attention, MLP, heads) are not patched.
+3. ``last`` patches the final token before the answer, ``all`` every aligned position after the template's
+   fixed beginning, which is left alone in every arm: no map is fitted there. A prompt in which nothing is
+   aligned is left out and counted.
+4. Distributions are renormalised over the tokens that both models have. The model's own state put back
+   through the same path (``self``) is the noise floor.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from mechdiff.callbacks.base import CausalEvaluation, Item
-from mechdiff.callbacks.patcher import Openings, Patcher, Side
+from mechdiff.callbacks.patcher import Openings, Patcher, Side, Where
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import PromptError
 from mechdiff.functional.metrics import kl_divergence
-from mechdiff.interventions.sites import POSITIONS, Site
+from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine
-from mechdiff.modules.base import DiffModule
-from mechdiff.pairs.alignment import align, common_template, encode, template_tokens
-from mechdiff.pairs.fairness import filter_shared
+from mechdiff.modules.base import DiffModule, missing
+from mechdiff.pairs.alignment import Alignment, align, common_template, encode, template_tokens
+from mechdiff.pairs.fairness import FilterReport, filter_shared
 from mechdiff.pairs.loading import LoadedModel, LoadedPair
 from mechdiff.results import Record
 
-Values = dict[tuple[str, str], dict[str, Tensor]]  # positions and site → arm → nats by prompt
+WHERE: tuple[Where, ...] = get_args(Where)
+Cell = tuple[Where, Site]
+
+
+class Measured(NamedTuple):
+    """What the arms of one site and group of positions do.
+
+    Attributes:
+        prompts: The prompts that were patched.
+        arms: Nats by prompt, ``(prompts,)``, of each arm.
+        noise: Mean of what the arm ``self`` differs from the clean run, nats.
+    """
+
+    prompts: list[int]
+    arms: dict[str, Tensor]
+    noise: float
 
 
 class MappedPatch(CausalEvaluation):
     """Patches base's states into tuned and back, raw and mapped.
 
     Args:
-        max_prompts: Use at most this many evaluation prompts, evenly over languages and classes; None takes all.
-        effect_prompts: The same for the refusal log-odds, the costliest part; 0 leaves it out.
+        max_prompts: Use at most this many evaluation prompts, evenly over languages and classes; None takes
+            all.
+        all_prompts: The same for patches of all positions, which cost as many tokens as the prompt has.
+        effect_prompts: The same for the refusal log-odds; 0 leaves it out.
+        effect_langs: Languages of these prompts; None takes all that have openings. One that a tokenizer
+            spells in bytes costs several times as much.
         tokens_per_batch: Tokens run at once when all positions are patched.
     """
 
     def __init__(
-        self, max_prompts: int | None = None, effect_prompts: int | None = 80, tokens_per_batch: int = 1024
+        self,
+        max_prompts: int | None = 96,
+        all_prompts: int | None = 32,
+        effect_prompts: int | None = 24,
+        effect_langs: Sequence[str] | None = ("en",),
+        tokens_per_batch: int = 1024,
     ) -> None:
         super().__init__()
-        self.max_prompts, self.effect_prompts, self.tokens_per_batch = (
-            max_prompts,
-            effect_prompts,
-            tokens_per_batch,
-        )
+        self.max_prompts, self.all_prompts, self.effect_prompts = max_prompts, all_prompts, effect_prompts
+        self.effect_langs = None if effect_langs is None else list(effect_langs)
+        self.tokens_per_batch = tokens_per_batch
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
-        """Patch every site of a map; see the module's docstring."""
+        """Patch every residual site of a map; see the module's docstring."""
         module.to(pair.device)
-        kept = self._kept(pair, prompts)
-        sites = sorted({Site.parse(name) for name in (*module.sites, *module.sources)})
-        base, tuned = (
-            _side(pair.base, pair.shared.base_ids, kept),
-            _side(pair.tuned, pair.shared.tuned_ids, kept),
+        path = pair.spec.openings if self.effect_prompts != 0 else None
+        openings = read_openings(Path(path)) if path else None
+        required = pair.spec.tokenizer_policy == "shared_vocab_required"
+        least = pair.spec.min_shared_coverage if required else 0.0
+        kept, found = filter_shared(
+            list(prompts), pair.base.tokenizer, pair.tuned.tokenizer, pair.shared, least
         )
+        yield from _kept(prompts, kept, found)
+        kept = spread(kept, self.max_prompts)
+        base = _side(pair.base, pair.shared.base_ids, kept)
+        tuned = _side(pair.tuned, pair.shared.tuned_ids, kept)
+        for side in (base, tuned):
+            side.read(sorted({Site.parse(name) for name in (*module.sites, *module.sources)}))
+        yield from self._lost_mass(kept, base, tuned)
         (prefix_b, suffix_b), (prefix_t, suffix_t) = (
-            template_tokens(m.tokenizer) for m in (pair.base, pair.tuned)
+            template_tokens(side.loaded.tokenizer) for side in (base, tuned)
         )
         common = common_template(prefix_t, prefix_b, suffix_t, suffix_b)
         into_tuned = [align(t, b, *common) for t, b in zip(tuned.encoded, base.encoded, strict=True)]
+        yield from _aligned(kept, tuned, into_tuned)
+        patcher = Patcher(module, tuned, base, into_tuned, "into_tuned", self.tokens_per_batch)
+        yield from self._into_tuned(kept, patcher)
+        if pair.base.width != pair.tuned.width:
+            return  # neither the real state nor a mapped one fits into base
         into_base = [align(b, t, *common) for t, b in zip(tuned.encoded, base.encoded, strict=True)]
-        for side in (base, tuned):
-            side.read(sites)
-        yield from self._lost_mass(kept, base, tuned)
-        yield from self._into_tuned(
-            kept, Patcher(module, tuned, base, into_tuned, "into_tuned", self.tokens_per_batch)
-        )
         patcher = Patcher(module, base, tuned, into_base, "into_base", self.tokens_per_batch)
-        yield from self._into_base(kept, patcher)
-        if pair.spec.openings and self.effect_prompts != 0:
-            yield from self._effects(kept, patcher, read_openings(Path(pair.spec.openings)))
-
-    def _kept(self, pair: LoadedPair, prompts: Sequence[Prompt]) -> list[Prompt]:
-        required = pair.spec.tokenizer_policy == "shared_vocab_required"
-        least = pair.spec.min_shared_coverage if required else 0.0
-        kept, self.fairness = filter_shared(
-            list(prompts), pair.base.tokenizer, pair.tuned.tokenizer, pair.shared, least
-        )
-        return spread(kept, self.max_prompts)
+        measured = self._measure(kept, patcher)
+        yield from self._into_base(patcher, measured)
+        if openings is not None:
+            yield from self._effects(kept, patcher, openings, measured)
 
     def _lost_mass(self, prompts: Sequence[Prompt], base: Side, tuned: Side) -> Iterator[Record]:
+        about = {"question": "rq2", "positions": "last", "split": "eval", "unit": "fraction"}
         for role, side in (("base", base), ("tuned", tuned)):
             for lang in sorted({p.lang for p in prompts}):
                 lost = torch.tensor([x for x, p in zip(side.lost, prompts, strict=True) if p.lang == lang])
-                about = {
-                    "question": "rq2",
-                    "model": role,
-                    "positions": "last",
-                    "split": "eval",
-                    "unit": "fraction",
-                }
-                yield self.mean(lost, "new_token_mass", **about, params={"lang": lang})
+                yield self.mean(lost, "new_token_mass", **about, model=role, params={"lang": lang})
 
     def _into_tuned(self, prompts: Sequence[Prompt], patcher: Patcher) -> Iterator[Record]:
-        values, noise = self._measure(prompts, patcher, reference=None)
-        for (positions, site), arms in values.items():
-            for arm, column in arms.items():
-                name, control = (
-                    ("kl_raw", "none") if arm == "raw" else ("kl_mapped", "none" if arm == "mapped" else arm)
-                )
-                about = _about(patcher, site, positions, control)
-                yield self.mean(column, name, unit="nats", **about)
-                if arm not in ("raw", "self"):
-                    yield self.ratio(
-                        column, arms["raw"], noise[positions, site], "kl_reduction", unit="fraction", **about
-                    )
+        for (positions, site), cell in self._measure(prompts, patcher).items():
+            about = _about(patcher, site, positions, cell)
+            if not cell.prompts:
+                yield missing("kl_mapped", "not_aligned", {**about, "unit": "nats"})
+                continue
+            raw = cell.arms.get("raw")
+            for arm, column in cell.arms.items():
+                about["control"] = "none" if arm in ("raw", "mapped") else arm
+                yield self.mean(column, "kl_raw" if arm == "raw" else "kl_mapped", **about, unit="nats")
+                if raw is not None and arm not in ("raw", "self"):
+                    yield self.ratio(column, raw, cell.noise, "kl_reduction", **about, unit="fraction")
 
-    def _into_base(self, prompts: Sequence[Prompt], patcher: Patcher) -> Iterator[Record]:
-        values, noise = self._measure(prompts, patcher, reference="real")
-        for (positions, site), arms in values.items():
-            for arm, column in arms.items():
+    def _into_base(self, patcher: Patcher, measured: Mapping[Cell, Measured]) -> Iterator[Record]:
+        for (positions, site), cell in measured.items():
+            about = {**_about(patcher, site, positions, cell), "unit": "fraction"}
+            if not cell.prompts:
+                yield missing("patch_agreement", "not_aligned", about)
+                continue
+            unpatched = cell.arms["self"]
+            for arm, column in cell.arms.items():
                 if arm not in ("real", "self"):
-                    about = _about(patcher, site, positions, "none" if arm == "mapped" else arm)
-                    yield self.ratio(
-                        column,
-                        arms["self"],
-                        noise[positions, site],
-                        "patch_agreement",
-                        unit="fraction",
-                        **about,
-                    )
+                    about["control"] = "none" if arm == "mapped" else arm
+                    yield self.ratio(column, unpatched, cell.noise, "patch_agreement", **about)
 
-    def _measure(
-        self, prompts: Sequence[Prompt], patcher: Patcher, reference: str | None
-    ) -> tuple[Values, dict[tuple[str, str], float]]:
-        """Return KL(reference ‖ arm) by positions and site, arm and prompt, and the noise floor of each positions and site.
+    def _measure(self, prompts: Sequence[Prompt], patcher: Patcher) -> dict[Cell, Measured]:
+        """Return KL(reference ‖ arm) by positions and site.
+
+        The reference is the clean run into tuned, and the arm ``real`` into base.
 
         Args:
             prompts: What the patcher's sides have read.
             patcher: Runs the arms.
-            reference: An arm, or None for the recipient's clean distribution.
         """
-        columns: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0] * len(prompts))
-        noise: dict[tuple[str, str], list[float]] = defaultdict(list)
-
-        def keep(positions: str, index: int, site: Site, arms: dict[str, Tensor]) -> None:
+        columns: dict[Cell, dict[int, list[float]]] = defaultdict(dict)
+        noise: dict[Cell, list[float]] = defaultdict(list)
+        reference = patcher.arms.index("real") if "real" in patcher.arms else None
+        patched = {positions: patcher.patched(positions) for positions in WHERE}
+        few = set(spread([prompts[index] for index in patched["all"]], self.all_prompts))
+        patched["all"] = [index for index in patched["all"] if prompts[index] in few]
+        steps = sum(map(len, patched.values())) * len(patcher.sites)
+        for positions, index, site, log_p in self.track(_run(patcher, patched), patcher.direction, steps):
             clean = patcher.recipient.log_p[index]
-            noise[positions, str(site)].append(kl_divergence(clean, arms["self"]).item())
-            for arm, log_p in arms.items():
-                value = kl_divergence(clean if reference is None else arms[reference], log_p).item()
-                columns[positions, str(site), arm][index] = value
-                self.items.append(
-                    Item(prompts[index].id, "kl", str(site), positions, patcher.direction, arm, value)
-                )
-
-        for index in range(len(prompts)):
-            for site, arms in patcher.last(index):
-                keep("last", index, site, arms)
-        if set(POSITIONS) <= set(patcher.module.positions):
-            for index, site, arms in patcher.everywhere():
-                keep("all", index, site, arms)
-        values: Values = defaultdict(dict)
-        for (positions, name, arm), column in columns.items():
-            values[positions, name][arm] = torch.tensor(column, dtype=torch.float64)
-        return values, {key: sum(column) / len(column) for key, column in noise.items()}
+            compared = (clean if reference is None else log_p[reference]).expand_as(log_p)
+            values = kl_divergence(compared, log_p).tolist()
+            columns[positions, site][index] = values
+            noise[positions, site].append(kl_divergence(clean, log_p[patcher.arms.index("self")]).item())
+            for arm, value in zip(patcher.arms, values, strict=True):
+                about = (str(site), positions, patcher.direction, arm)
+                self.items.append(Item(prompts[index].id, "kl", *about, value))
+        measured: dict[Cell, Measured] = {}
+        for positions in WHERE:
+            for site in patcher.sites:
+                rows = [columns[positions, site][index] for index in patched[positions]]
+                arms = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(patcher.arms)).unbind(1)
+                floor = math.fsum(noise[positions, site]) / max(len(rows), 1)
+                named = dict(zip(patcher.arms, arms, strict=True))
+                measured[positions, site] = Measured(patched[positions], named, floor)
+        return measured
 
     def _effects(
-        self, prompts: Sequence[Prompt], patcher: Patcher, openings: dict[str, Openings]
+        self,
+        prompts: Sequence[Prompt],
+        patcher: Patcher,
+        openings: Mapping[str, Openings],
+        measured: Mapping[Cell, Measured],
     ) -> Iterator[Record]:
-        chosen = spread([p for p in prompts if p.lang in openings], self.effect_prompts)
-        effects: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for prompt in chosen:
-            for site, odds in patcher.refusal_logodds(prompts.index(prompt), openings[prompt.lang]):
-                changes = {arm: odds[arm] - odds["self"] for arm in ("real", "mapped")}
-                effects[str(site)].append((changes["real"], changes["mapped"]))
-                for arm, change in changes.items():
-                    self.items.append(
-                        Item(
-                            prompt.id,
-                            "refusal_logodds_change",
-                            str(site),
-                            "last",
-                            patcher.direction,
-                            arm,
-                            change,
-                        )
-                    )
+        """Correlate the effects of the real and the mapped state on the log-odds of refusing."""
+        langs = [lang for lang in openings if self.effect_langs is None or lang in self.effect_langs]
+        able = [prompts[i] for i in patcher.patched("last") if prompts[i].lang in langs]
+        chosen = spread(able, self.effect_prompts)
+        arms = ["real", "mapped", *(["mean_shift"] if "mean_shift" in patcher.arms else [])]
+        effects: dict[Site, list[list[float]]] = {site: [] for site in patcher.sites}
+        for prompt in self.track(chosen, "refusal log-odds"):
+            found = patcher.refusal_logodds(prompts.index(prompt), openings[prompt.lang], arms=arms)
+            for site, odds in found:
+                changes = [odds[arm] - odds["self"] for arm in arms]
+                effects[site].append(changes)
+                for arm, change in zip(arms, changes, strict=True):
+                    where = (str(site), "last", patcher.direction, arm)
+                    self.items.append(Item(prompt.id, "refusal_logodds_change", *where, change))
         classes = [f"{p.lang}/{p.label}" for p in chosen]
-        for name, pairs in effects.items():
-            real, mapped = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-            about = _about(patcher, name, "last", "none")
-            yield self.correlation(real, mapped, classes, "effect_correlation", unit="fraction", **about)
+        for site, rows in effects.items():
+            cell = measured["last", site]
+            about = {**_about(patcher, site, "last", cell), "unit": "fraction", "n": len(chosen)}
+            if not chosen:
+                yield missing(
+                    "effect_correlation", "not_aligned" if not cell.prompts else "no_openings", about
+                )
+            elif not self.gap(cell.arms["self"], cell.noise, about):  # the real state does nothing here
+                yield missing("effect_correlation", "gap_too_small", about)
+            else:
+                real, *others = torch.tensor(rows, dtype=torch.float64).unbind(1)
+                for arm, effect in zip(arms[1:], others, strict=True):
+                    about["control"] = "none" if arm == "mapped" else arm
+                    yield self.correlation(real, effect, classes, "effect_correlation", **about)
 
 
 def read_openings(path: Path) -> dict[str, Openings]:
@@ -203,18 +232,20 @@ def read_openings(path: Path) -> dict[str, Openings]:
     """
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"refuse": [], "comply": []})
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                row = json.loads(line)
-                found[row["lang"]][row["kind"]].append(row["text"])
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise PromptError(f"cannot read {path}: {error.strerror} (key: pair.openings)") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise PromptError(
-            f"{path}:{number}: expected lang, kind (refuse or comply) and text: {error} (key: pair.openings)"
-        ) from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            found[row["lang"]][row["kind"]].append(row["text"].strip() and row["text"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            wanted = "expected lang, kind (refuse or comply) and text"
+            raise PromptError(f"{path}:{number}: {wanted}: {error} (key: pair.openings)") from error
     for lang, kinds in found.items():
-        if not all(kinds.values()):
+        if not all(texts and all(texts) for texts in kinds.values()):
             raise PromptError(
                 f"{path} needs openings of both kinds, refuse and comply, for {lang!r} (key: pair.openings)"
             )
@@ -222,32 +253,70 @@ def read_openings(path: Path) -> dict[str, Openings]:
 
 
 def spread(prompts: Sequence[Prompt], most: int | None) -> list[Prompt]:
-    """Take prompts in turn from each language and class until there are enough; file order within each.
+    """Take prompts in turn from each language and class until there are enough.
+
+    Within a class they are drawn in an order of their own, which does not depend on files or ids, so that a
+    few prompts stand for all topics and templates.
 
     Args:
         prompts: What there is.
         most: How many; None takes all.
+
+    Returns:
+        The prompts taken, in the order given.
     """
     classes: dict[tuple[str, str], list[Prompt]] = defaultdict(list)
-    for prompt in prompts:
+    for prompt in sorted(prompts, key=lambda p: hashlib.sha256(p.text.encode()).digest()):
         classes[prompt.lang, prompt.label].append(prompt)
-    turns = [p for turn in zip_longest(*classes.values()) for p in turn if p is not None][:most]
-    return [p for p in prompts if p in set(turns)]
+    columns = (classes[key] for key in sorted(classes))
+    turns = [p for turn in zip_longest(*columns) for p in turn if p is not None]
+    taken = set(turns[:most])
+    return [p for p in prompts if p in taken]
+
+
+def _run(patcher: Patcher, patched: Mapping[Where, list[int]]) -> Iterator[tuple[Where, int, Site, Tensor]]:
+    for index in patched["last"]:
+        yield from (("last", index, site, log_p) for site, log_p in patcher.last(index))
+    yield from (("all", *found) for found in patcher.everywhere(patched["all"]))
+
+
+def _kept(prompts: Sequence[Prompt], kept: Sequence[Prompt], found: FilterReport) -> Iterator[Record]:
+    """Yield, for each language, the share of the prompts whose tokens are shared enough to be compared."""
+    for lang in sorted({p.lang for p in prompts}):
+        total, left = (sum(p.lang == lang for p in some) for some in (prompts, kept))
+        params = {"lang": lang, "of": "prompts", "min_shared_coverage": found.min_shared_coverage}
+        yield Record("rq2", "coverage", left / total, total, "fraction", split="eval", params=params)
+
+
+def _aligned(prompts: Sequence[Prompt], tuned: Side, aligned: Sequence[Alignment]) -> Iterator[Record]:
+    """Yield, for each language, the share of tuned's tokens that stand at a place base has too."""
+    for lang in sorted({p.lang for p in prompts}):
+        these = [i for i, p in enumerate(prompts) if p.lang == lang]
+        found = sum(len(aligned[i].positions_a) for i in these)
+        tokens = sum(len(tuned.encoded[i]) for i in these)
+        params = {"lang": lang, "of": "tokens"}
+        about: dict[str, Any] = {"split": "eval", "params": params, "rows": found}
+        yield Record("rq2", "coverage", found / tokens, len(these), "fraction", **about)
 
 
 def _side(loaded: LoadedModel, shared: Tensor, prompts: Sequence[Prompt]) -> Side:
     encoded = [encode(loaded.tokenizer, p.text) for p in prompts]
+    for prompt, tokens in zip(prompts, encoded, strict=True):
+        if len(tokens) < 2:
+            raise PromptError(f"prompt {prompt.id!r} is 1 token; a patch needs 2 or more (key: pair.prompts)")
     return Side(loaded, SuffixEngine(loaded.model), shared.to(loaded.device), encoded)
 
 
-def _about(patcher: Patcher, site: str, positions: str, control: str) -> dict[str, Any]:
-    source = patcher.module.sources[patcher.module.sites.index(site)]
-    params = {"direction": patcher.direction, "source_site": source, "solver": patcher.module.solver_name}
+def _about(patcher: Patcher, site: Site, positions: Where, cell: Measured) -> dict[str, Any]:
+    module = patcher.module
+    source = module.sources[module.sites.index(str(site))]
+    params = {"direction": patcher.direction, "source_site": source, "solver": module.solver_name}
     return {
         "question": "rq2",
-        "site": site,
+        "site": str(site),
         "positions": positions,
         "split": "eval",
-        "control": control,
+        "n": len(cell.prompts),
         "params": params,
+        "flags": ("unaligned_prompts",) if len(patcher.patched(positions)) < len(patcher.where) else (),
     }

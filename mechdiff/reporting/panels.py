@@ -40,6 +40,8 @@ MARKERS: dict[str, dict[str, Any]] = {
     "mean_shift": {"marker": "^", "label": "control: mean shift"},
     "shuffled": {"marker": "X", "label": "control: shuffled rows"},
     "wrong_layer": {"marker": "s", "label": "control: wrong layer"},
+    "other_prompt": {"marker": "D", "label": "control: other prompt's change"},
+    "random": {"marker": "v", "label": "control: random change"},
 }
 _MARKER: dict[str, Any] = {
     "linestyle": "none",

@@ -10,15 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from mechdiff.reporting.plotting import plot_clt_bars, plot_patch_bars
-from mechdiff.reporting.table import summary
+from mechdiff.reporting.figures import drawable
+from mechdiff.reporting.table import tables
 from mechdiff.reporting.tensorboard import log_results
 from mechdiff.results import Results
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
-
-FIGURES = {"clt_r2.png": (plot_clt_bars, "r2_delta"), "patch_kl.png": (plot_patch_bars, "kl_raw")}
 
 
 def write_run(
@@ -37,7 +35,8 @@ def write_run(
         logger: Logger of the run.
         console: Where to print.
     """
-    console.print(summary(results))
+    for table in tables(results):
+        console.print(table)
     if folder is None:
         return
     folder = Path(folder)
@@ -45,14 +44,10 @@ def write_run(
     if items:
         pq.write_table(pa.Table.from_pylist(list(items)), folder / "items.parquet")
         paths["per prompt"] = folder / "items.parquet"
-    held = {record.quantity for record in results}
-    for name, (plot, needed) in FIGURES.items():
-        if needed in held:
-            (folder / "figures").mkdir(exist_ok=True)
-            plot(results, folder / "figures" / name)
-            paths["figure" if "figure" not in paths else f"figure {len(paths) - 1}"] = (
-                folder / "figures" / name
-            )
+    for number, (_, file, plot) in enumerate(drawable(results)):
+        path = folder / "figures" / file
+        plot(results, path)
+        paths[f"figure {number}" if number else "figure"] = path
     log_results(logger, results)
     paths["TensorBoard"] = folder.parent
     for what, path in paths.items():

@@ -1,14 +1,85 @@
-"""Sum up a run in a table for the terminal."""
+"""Sum up a run in tables for the terminal."""
 
 from __future__ import annotations
 
 from rich.table import Table
 
 from mechdiff.errors import ConfigError
-from mechdiff.reporting.cells import counts, find, pair_name, positions_of, sites_of
+from mechdiff.reporting.cells import counts, find, layer, pair_name, positions_of, sites_of
+from mechdiff.reporting.divergence import BEHAVIOURS, DIRECTIONS, MODELS, behaviours, curve
 from mechdiff.results import Record, Results
 
-SHOWN = ("r2", "r2_delta", "cka", "kl_raw", "kl_mapped")
+SHOWN = ("r2", "r2_delta", "cka_debiased", "kl_raw", "kl_mapped")
+
+
+def tables(results: Results) -> list[Table]:
+    """Build the tables that a run has records for.
+
+    Args:
+        results: Table of a run.
+
+    Raises:
+        ConfigError: If it holds nothing that is shown.
+    """
+    questions = {r.question for r in results}
+    found = [layer_table(results), behaviour_table(results)] if "rq1" in questions else []
+    shown = [table for table in found if table.row_count]
+    if "rq2" in questions or not shown:
+        shown.append(summary(results))
+    return shown
+
+
+def layer_table(results: Results) -> Table:
+    """Build the table of divergence and layer patches: one row per site, proposed ones with a star."""
+    table = _table(pair_name(results))
+    table.add_column("site", no_wrap=True)
+    for heading in (
+        "divergence\n(debiased)",
+        "within class\nand language",
+        "base → tuned\nrecovery, last",
+        "\nall",
+        "tuned → base\nrecovery, last",
+        "\nall",
+    ):
+        table.add_column(heading, justify="right")
+    plain, centred = ({r.site: r for r in curve(results, "cka_debiased", c)} for c in (False, True))
+    patches = {
+        (r.site, r.params["direction"], r.positions): r
+        for r in results.select(quantity="patch_recovery", control="none", model="pair")
+        if "direction" in r.params
+    }
+    chosen = {r.site for r in results.select(quantity="chosen_layer", by="cka_debiased")}
+    sites = {r for r in plain if r} | {site for site, *_ in patches if site}
+    for site in sorted(sites, key=layer):
+        row = [_away(cells.get(site)) for cells in (plain, centred)]
+        row += [_cell(patches.get((site, d, p)), ".2f") for d in DIRECTIONS for p in ("last", "all")]
+        table.add_row(f"{site} *" if site in chosen else site, *row)
+    lines = ["[ ]: 95 % interval over prompts. Divergence is 1 − CKA. * proposed."]
+    for r in results.select(quantity="patch_onset", model="pair"):
+        where = f"layer {r.value:.0f}" if r.value is not None else str(r.reason).replace("_", " ")
+        lines.append(f"onset, {DIRECTIONS[r.params['direction']].lower()}, {r.positions}: {where}")
+    if any("rankings_disagree" in r.flags for r in results.select(quantity="chosen_layer")):
+        lines.append("Divergence and recovery rank the layers differently.")
+    if results.select(quantity="patch_recovery", reason="unequal_widths"):
+        lines.append("No layer is patched: the widths differ.")
+    table.caption = "\n".join(lines)
+    return table
+
+
+def behaviour_table(results: Results) -> Table:
+    """Build the table of behaviours: one row per quantity and cell, one column per model."""
+    table = _table("")
+    for heading in ("behaviour", "cell"):
+        table.add_column(heading, no_wrap=True)
+    models = [m for m in MODELS if results.select(quantity="refusal_rate", model=m)]
+    for heading in models:
+        table.add_column(heading, justify="right")
+    for quantity in BEHAVIOURS:
+        for name, cell in behaviours(results, quantity).items():
+            table.add_row(
+                quantity.replace("_", " "), name, *(_number(cell.get(model), ".2f") for model in models)
+            )
+    return table
 
 
 def summary(results: Results) -> Table:
@@ -28,13 +99,7 @@ def summary(results: Results) -> Table:
         raise ConfigError(
             f"nothing to show: no record of {' or '.join(SHOWN)}; give the results.json of a map run"
         )
-    table = Table(
-        title=pair_name(results) or None,
-        box=None,
-        padding=(0, 1, 0, 0),
-        title_justify="left",
-        caption_justify="left",
-    )
+    table = _table(pair_name(results))
     table.add_column("site", no_wrap=True)
     table.add_column("position", no_wrap=True)
     for heading in ("R²", "R² of the\ndifference", "CKA", "KL raw →\n(nats)", "mapped\n(nats)"):
@@ -59,6 +124,24 @@ def summary(results: Results) -> Table:
     return table
 
 
+def _table(title: str) -> Table:
+    return Table(
+        title=title or None,
+        box=None,
+        padding=(0, 1, 0, 0),
+        title_justify="left",
+        caption_justify="left",
+    )
+
+
+def _away(record: Record | None) -> str:
+    """Write 1 − CKA."""
+    if record is None or record.value is None or record.low is None or record.high is None:
+        return _number(record, ".3f")
+    ends = f"{_signed(1 - record.high, '.3f')}, {_signed(1 - record.low, '.3f')}"
+    return f"{_signed(1 - record.value, '.3f')}\n\\[{ends}]"
+
+
 def _number(record: Record | None, form: str) -> str:
     if record is None:
         return "–"
@@ -79,7 +162,10 @@ def _signed(value: float, form: str) -> str:
 
 
 def _caption(results: Results, flags: set[str]) -> str:
-    lines = ["[ ]: 95 % interval over prompts. The identity map has R² of the difference 0."]
+    lines = [
+        "[ ]: 95 % interval over prompts. The identity map has R² of the difference 0.",
+        "CKA is debiased.",
+    ]
     lines += [
         f"n = {behind} ({label})"
         for q, label in (("r2_delta", "map"), ("kl_raw", "patch"))

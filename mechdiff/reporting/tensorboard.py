@@ -12,15 +12,18 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from mechdiff.reporting.cells import component, layer
-from mechdiff.reporting.plotting import plot_clt_bars, plot_patch_bars
+from mechdiff.reporting.figures import drawable
 from mechdiff.results import Record, Results
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
     from torch.utils.tensorboard import SummaryWriter
 
-HEADLINES = frozenset({"r2_delta", "kl_reduction"})
+HEADLINES = frozenset({"r2_delta", "kl_reduction", "chosen_layer", "patch_onset"})
 """Quantities shown beside the hyperparameters of a run."""
+
+NO_CURVE = frozenset({"chosen_layer", "patch_onset", "weight_change", "weight_share", "weight_rank"})
+"""Quantities with a site that are no curve over layers."""
 
 
 def log_results(logger: SummaryWriter | Logger | None, results: Results, step: int = 0) -> None:
@@ -51,11 +54,8 @@ def log_results(logger: SummaryWriter | Logger | None, results: Results, step: i
     for tag in scalars.keys() - numbers.keys():  # the others were logged with the hyperparameters
         writer.add_scalar(tag, scalars[tag], step)
     _log_curves(writer, records)
-    quantities = {r.quantity for r in results if r.question == "rq2"}
-    if "r2_delta" in quantities:
-        writer.add_figure("figures/clt", plot_clt_bars(results), step)
-    if quantities & {"kl_raw", "kl_mapped"}:
-        writer.add_figure("figures/patch", plot_patch_bars(results), step)
+    for name, _, plot in drawable(results):
+        writer.add_figure(f"figures/{name}", plot(results), step)
     writer.flush()
 
 
@@ -102,7 +102,11 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, bool | in
 def _log_curves(writer: Any, records: dict[str, Record]) -> None:
     """Write values and ends of intervals with the layer as step, and the page that shows them."""
     charts: dict[str, dict[str, list[str | list[str]]]] = defaultdict(dict)
-    shown = [(tag, str(r.site), r) for tag, r in records.items() if r.site and r.control == "none"]
+    shown = [
+        (tag, str(r.site), r)
+        for tag, r in records.items()
+        if r.site and r.control == "none" and r.quantity not in NO_CURVE
+    ]
     for tag, site, record in sorted(shown, key=lambda item: layer(item[1])):
         name = tag.replace(site, component(site)).removeprefix(f"{record.question}/")
         page = f"{record.question}_by_layer"

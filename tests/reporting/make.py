@@ -118,3 +118,122 @@ def map_run(layers: list[int], seed: int = 0) -> Results:
                 ),
             ]
     return Results(records, {"pair": {"name": "cultural_smol"}, "seed": 17})
+
+
+def divergence_run(layers: list[int], seed: int = 0) -> Results:
+    """Records of a run on where two models differ, with a change in the middle."""
+    rng = random.Random(seed)
+    q = {"question": "rq1"}
+    records: list[Record] = []
+    middle = layers[len(layers) // 2]
+    for layer in layers:
+        site, gone = f"resid_post.{layer}", max(0, layer - middle + 2) / (layers[-1] + 2)
+        cell = {"site": site, "positions": "last", "n": 600, "rows": 600, "split": "all", "unit": "fraction"}
+        own = {"source_site": site}
+        for centred, factor in (({}, 0.4), ({"centred": "class+lang"}, 0.7)):
+            for quantity, bias in (("cka", 0.6), ("cka_debiased", 1.0)):
+                value = 1 - factor * bias * gone
+                records.append(
+                    Record(**q, **cell, quantity=quantity, **_around(value, 0.02), params={**own, **centred})
+                )
+        for other in layers:
+            value = 1 - 0.02 * abs(layer - other) - 0.2 * gone
+            params = {"source_site": f"resid_post.{other}", "matrix": True}
+            records.append(Record(**q, **cell, quantity="cka_debiased", value=value, params=params))
+        for contrast in ("tuned-reference", "base-reference", "tuned-base"):
+            third = {"site": site, "positions": "last", "n": 40, "split": "eval", "unit": "fraction"}
+            records.append(
+                Record(
+                    **q,
+                    **third,
+                    quantity="cka_debiased",
+                    **_around(1 - 0.3 * gone, 0.05),
+                    model="reference",
+                    params={"contrast": contrast},
+                )
+            )
+        for direction in ("into_tuned", "into_base"):
+            for group in ("last", "all"):
+                cell = {"site": site, "positions": group, "n": 40, "split": "eval", "unit": "fraction"}
+                value = 0.0 if layer < middle else 0.5 + 0.45 * gone
+                params = {"direction": direction}
+                if direction == "into_base" and layer == layers[0]:
+                    lost = {"value": None, "reason": "gap_too_small"}
+                    records.append(Record(**q, **cell, quantity="patch_recovery", **lost, params=params))
+                    continue
+                records.append(
+                    Record(**q, **cell, quantity="patch_recovery", **_around(value, 0.05), params=params)
+                )
+                if layer in layers[-2:]:
+                    for control, level in (("other_prompt", 0.3), ("random", -0.6), ("wrong_layer", -4.0)):
+                        value = level + rng.gauss(0, 0.05)
+                        records.append(
+                            Record(
+                                **q,
+                                **cell,
+                                quantity="patch_recovery",
+                                value=value,
+                                control=control,
+                                params=params,
+                            )
+                        )
+    for rank, layer in enumerate(layers[:-3:-1], 1):
+        chosen = {
+            "quantity": "chosen_layer",
+            "value": float(layer),
+            "unit": "layer",
+            "site": f"resid_post.{layer}",
+        }
+        records.append(
+            Record(
+                **q,
+                **chosen,
+                n=600,
+                split="all",
+                positions="last",
+                params={"by": "cka_debiased", "rank": rank},
+            )
+        )
+        for label in ("target", "neutral"):
+            for control, value in (("none", -2.0), ("other_prompt", -0.7), ("random", 0.1)):
+                effect = {
+                    "quantity": "patch_effect",
+                    **_around(value, 0.4),
+                    "unit": "nats",
+                    "control": control,
+                }
+                params = {"direction": "into_tuned", "label": label}
+                where = {"site": f"resid_post.{layer}", "positions": "last", "n": 8, "split": "eval"}
+                records.append(Record(**q, **effect, **where, params=params))
+    records.append(
+        Record(
+            **q,
+            quantity="chosen_layer",
+            value=float(middle),
+            n=40,
+            unit="layer",
+            site=f"resid_post.{middle}",
+            split="eval",
+            params={"by": "patch_recovery", "rank": 1},
+            flags=("rankings_disagree",),
+        )
+    )
+    for direction in ("into_tuned", "into_base"):
+        onset = {"quantity": "patch_onset", "value": float(middle), "n": 40, "unit": "layer", "split": "eval"}
+        params = {"direction": direction}
+        records.append(Record(**q, **onset, site=f"resid_post.{middle}", positions="last", params=params))
+    for model, rate in (("base", 0.05), ("tuned", 0.9)):
+        for label, value in (("target", rate), ("neutral", 0.04)):
+            cell = {"n": 40, "unit": "fraction", "split": "eval", "model": model}
+            params = {"lang": "en", "label": label, "masking": False}
+            records.append(
+                Record(**q, **cell, quantity="refusal_rate", **_around(value, 0.04), params=params)
+            )
+            records.append(
+                Record(**q, **cell, quantity="refusal_rate", value=value, params={**params, "masking": True})
+            )
+        cell["params"] = {"benchmark": "mc_kk", "format": "cloze", "masking": False}
+        records.append(Record(**q, **cell, quantity="mc_acc", **_around(0.31, 0.1)))
+        cell["params"] = {"benchmark": "toxicity_prompts", "masking": False}
+        records.append(Record(**q, **cell, quantity="toxicity", value=None, reason="not_measured"))
+    return Results(records, {"pair": {"name": "cultural_smol"}, "seed": 17})

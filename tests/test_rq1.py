@@ -1,0 +1,102 @@
+"""Where do two models differ: the command as a user runs it, and its layers in a run downstream."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mechdiff.results import Results
+from tests.workspace import config, run, workspace
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a pair file."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("user")
+    workspace(folder)
+    return folder
+
+
+def options(place: Path, root: Path) -> list[str]:
+    return [
+        f"--pair={place / 'pair.yaml'}",
+        "--data.tokens=null",
+        "--trainer.accelerator=cpu",
+        f"--extraction.root={root / 'stores'}",
+        f"--trainer.logger.save_dir={root / 'runs'}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def measured(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a real run."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("measured")
+    assert run("test", *config("rq1_cultural"), *options(place, root), "--model.matrix=true") == 0
+    (folder,) = (root / "runs" / "rq1_cultural").iterdir()
+    return folder
+
+
+def test_a_run_answers_the_question_and_leaves_its_parts(measured: Path) -> None:
+    results = Results.read(measured / "results.json")
+    assert {r.question for r in results} == {"rq1"}
+    assert {r.quantity for r in results} >= {
+        "refusal_rate",
+        "refusal_logodds",
+        "cka",
+        "cka_debiased",
+        "patch_kl",
+        "patch_recovery",
+        "patch_increment",
+        "patch_effect",
+        "patch_onset",
+        "chosen_layer",
+        "graft_recovery",
+        "weight_change",
+        "interpolation_kl",
+        "coverage",
+    }
+    assert {r.site for r in results.select(quantity="cka", split="all")} == {"resid_post.0", "resid_post.2"}
+    figures = {"divergence.png", "divergence_matrix.png", "layer_patch.png", "behaviour.png"}
+    assert {p.name for p in (measured / "figures").iterdir()} == figures
+    assert (measured / "items.parquet").is_file()
+    assert (measured / "config.yaml").is_file()
+    assert not (measured / "checkpoints").exists()
+
+
+def test_its_layers_are_those_of_a_run_downstream(place: Path, measured: Path, tmp_path: Path) -> None:
+    table = measured / "results.json"
+    body = json.loads(table.read_text())
+    for record in body["records"]:
+        if record["quantity"] == "chosen_layer":
+            record["flags"] = ["rankings_disagree"]
+    doubtful = tmp_path / "results.json"
+    doubtful.write_text(json.dumps(body))
+    more = [f"--layers={doubtful}", "--trainer.callbacks=[]"]
+    assert run("fit", *config(), *options(place, tmp_path), *more) == 0
+    (folder,) = (tmp_path / "runs" / "clt_cultural").iterdir()
+    found = Results.read(folder / "results.json")
+    chosen = Results.read(table).select(quantity="chosen_layer", by="cka_debiased")
+    assert {r.site for r in found.select(quantity="r2")} == {r.site for r in chosen}
+    assert found.provenance["layers"] == {"from": str(doubtful), "flags": ["rankings_disagree"]}
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [("none.json", "cannot read"), ("empty.json", "proposes no layer"), ("odd", "unknown site")],
+)
+def test_layers_that_cannot_be_read(
+    layers: str, said: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Results([], {}).write("empty.json")
+    assert run("test", *config("rq1_cultural"), *options(place, tmp_path), f"--layers={layers}") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_there_is_nothing_to_fit(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--trainer.fast_dev_run=true", "--layers=[1]"]
+    assert run("fit", *config("rq1_cultural"), *options(place, tmp_path), *quick) == 2
+    assert "Divergence has nothing to fit; run evaluate.py" in capsys.readouterr().err
