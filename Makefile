@@ -26,7 +26,7 @@ demo: env ## fit a map from a base to its tuned sibling and patch with it (CONFI
 	$(PY) train.py --config $(CONFIG)
 
 test: env ## run the test suite (ARGS="-k hooks" selects)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
 lint: env ## check style and types
 	$(PY) -m ruff check
