@@ -9,6 +9,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "mechdiff.callbacks.behaviour": ("Behaviour",),
+    "mechdiff.callbacks.grafts": ("Grafts",),
+    "mechdiff.callbacks.layer_patch": ("LayerPatch",),
     "mechdiff.callbacks.patching": ("MappedPatch",),
     "mechdiff.data.activations": ("ActivationPairs",),
     "mechdiff.data.prompts": ("Prompt", "load_prompts"),
@@ -23,10 +26,13 @@ _HOMES = {
     "mechdiff.interventions.suffix": ("SuffixEngine",),
     "mechdiff.modules.base": ("DiffModule",),
     "mechdiff.modules.clt": ("CLTMap",),
+    "mechdiff.modules.clt_sgd": ("CLTMapSGD",),
+    "mechdiff.modules.divergence": ("Divergence",),
     "mechdiff.pairs.alignment": ("encode",),
     "mechdiff.pairs.fairness": ("filter_shared", "mask_logits_to_allowed", "uses_only_shared"),
     "mechdiff.pairs.loading": ("LoadedPair", "load_pair"),
     "mechdiff.pairs.spec": ("PairSpec",),
+    "mechdiff.pairs.voice": ("logprob_correct",),
     "mechdiff.pairs.tokenizers": ("SharedVocab", "load_tokenizers", "shared_vocab_maps"),
     "mechdiff.reporting.plotting": ("plot_clt_bars", "plot_patch_bars"),
     "mechdiff.reporting.table": ("summary",),

@@ -333,14 +333,15 @@ def main(verb: str, args: Sequence[str] | None = None, cli: type[MechdiffCLI] = 
 def quiet() -> None:
     """Keep notices that a user of this library cannot act on off the screen."""
     disable_progress_bar()
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed", "pytorch.trainer.connectors"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",
         ".*will run with no optimizer.*",
         ".*srun.*",
         ".*GPU available but not used.*",
         ".*treespec.*",
+        ".*is_gradient_checkpointing.*",
         ".*smaller than the logging interval.*",
         ".*dirpath has changed.*",
         ".*Checkpoint directory .* exists.*",
