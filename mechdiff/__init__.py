@@ -26,8 +26,6 @@ _HOMES = {
     "mechdiff.interventions.suffix": ("SuffixEngine",),
     "mechdiff.modules.base": ("DiffModule",),
     "mechdiff.modules.clt": ("CLTMap",),
-    "mechdiff.modules.clt_sgd": ("CLTMapSGD",),
-    "mechdiff.modules.divergence": ("Divergence",),
     "mechdiff.pairs.alignment": ("encode",),
     "mechdiff.pairs.fairness": ("filter_shared", "mask_logits_to_allowed", "uses_only_shared"),
     "mechdiff.pairs.loading": ("LoadedPair", "load_pair"),
