@@ -8,11 +8,9 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,11 +21,10 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
 
-from mechdiff import prepare
+from mechdiff import checkpoints, prepare
 from mechdiff.callbacks import CausalEvaluation
-from mechdiff.callbacks.patching import read_openings
+from mechdiff.callbacks.graded import read_openings
 from mechdiff.config import SEED
 from mechdiff.data.activations import ActivationPairs
 from mechdiff.data.prompts import load_prompts
@@ -37,7 +34,7 @@ from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.modules import DiffModule
 from mechdiff.pairs.loading import load_pair
 from mechdiff.pairs.spec import PairSpec
-from mechdiff.parser import OneLineParser, replace_whole_pairs
+from mechdiff.parser import OneLineParser, quiet, replace_whole_pairs
 from mechdiff.provenance import provenance
 from mechdiff.reporting.run import write_run
 from mechdiff.results import Record, Results
@@ -59,7 +56,7 @@ class SaveRun(SaveConfigCallback):
 class StoreKeys(Callback):
     """Keeps in every checkpoint which stores, and which split of their prompts, it was fitted to."""
 
-    state_key = prepare.STORES
+    state_key = checkpoints.STORES
 
     def __init__(self, keys: Mapping[str, str]) -> None:
         self.keys = dict(keys)
@@ -107,7 +104,7 @@ class MechdiffCLI(LightningCLI):
         pair_help = "The two models: a YAML file, or --pair.tuned.id and so on."
         parser.add_argument("--pair", type=PairSpec, help=pair_help)
         replace_whole_pairs(parser)
-        layers_help = "Layers or sites; fallback or stride; or an rq1 run's results.json for its choice."
+        layers_help = "Layers or sites; fallback, stride, from_rq1; or the results.json of an rq1 run."
         parser.add_argument("--layers", type=list[int | str] | str, default="fallback", help=layers_help)
         parser.add_class_arguments(ExtractionSpec, "extraction")
         for name in ("d_source", "d_target", "noise"):
@@ -120,12 +117,12 @@ class MechdiffCLI(LightningCLI):
         prepare.make_absolute(self.cfg)
         path = self.cfg.get("ckpt_path")
         if path and path != "last":
-            self._stored = prepare.read_checkpoint(path)
-            prepare.check_class(path, self._stored, self.cfg.model)
+            self._stored = checkpoints.read(path)
+            checkpoints.check_class(path, self._stored, self.cfg.model)
             defaults = parser.get_defaults().get(f"{self.verb}.model.init_args") or {}
             self._warn_of_overridden(path, defaults)
         elif self.verb == "test" and prepare.needs_fit(self.cfg.model):
-            newest = prepare.newest_checkpoint(self.cfg.trainer.logger)
+            newest = checkpoints.newest(self.cfg.trainer.logger)
             hint = f"the newest of this configuration is {newest}" if newest else "run train.py with it first"
             raise CheckpointError(f"a test needs a fit; pass --ckpt_path; {hint} (key: ckpt_path)")
 
@@ -165,30 +162,33 @@ class MechdiffCLI(LightningCLI):
         self.prompts = prepare.few(load_prompts(spec.prompts)) if self.fast else load_prompts(spec.prompts)
         if spec.openings:
             read_openings(Path(spec.openings))  # a mistake in them would show after the fit only
-        asked = prepare.parse_layers(cfg.layers)
         data, model = cfg.data.init_args, cfg.model.init_args
         sources = prepare.parse_layers(data.get("source_sites") or "fallback")
         extraction = ExtractionSpec(**cfg.extraction.as_dict()).check()
         if self.fast:
             extraction = replace(extraction, root=self._scratch.name)
             data.tokens = None
+        asked = prepare.parse_layers(cfg.layers)  # a mistake shows before a model is loaded
         self.pair = load_pair(spec, prepare.device(trainer))
-        stride = cfg.layers == "stride"
-        sites = prepare.settle_sites(asked, self.pair.base.depth, self.pair.tuned.depth, stride=stride)
+        if cfg.layers == prepare.FROM_RQ1:
+            cfg.layers = prepare.from_rq1(trainer.logger, self.pair)
+            asked = prepare.parse_layers(cfg.layers)
+        depths, stride = (self.pair.base.depth, self.pair.tuned.depth), cfg.layers == prepare.STRIDE
+        sites = prepare.settle_sites(asked, *depths, stride=stride)
         sources = sites if sources is None else sources
         check_layers(sources, self.pair.base.depth, "data.source_sites")
         data.sites = model.sites = [str(site) for site in sites]
         if data.get("source_sites"):
             model.source_sites = data.source_sites = [str(site) for site in sources]
         if self._stored:
-            prepare.check_sites(cfg.ckpt_path, self._stored, sites, sources)
+            checkpoints.check_sites(cfg.ckpt_path, self._stored, sites, sources)
         self._try_out(sources, sites)
         given = {role: data.get(role) or "" for role in ("source", "target")}
         roles = {"source": sources, "target": sites}
         options = self.extraction_trainer()
         self.stores = prepare.fill_stores(self.pair, self.prompts, roles, extraction, given, options)
         if self._stored and not self.fast:
-            prepare.check_stores(cfg.ckpt_path, self._stored, self.stores)
+            checkpoints.check_stores(cfg.ckpt_path, self._stored, self.stores)
         for role, store in self.stores.items():
             data[role] = str(store.folder)
 
@@ -217,7 +217,7 @@ class MechdiffCLI(LightningCLI):
 
     def _warn_of_overridden(self, path: str, defaults: Mapping[str, Any]) -> None:
         assert self._stored is not None
-        for what in prepare.overridden(self._stored, self.cfg.model, defaults):
+        for what in checkpoints.overridden(self._stored, self.cfg.model, defaults):
             print(f"mechdiff: warning: {what} ({path})", file=sys.stderr)
 
     # --- running ----------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ class MechdiffCLI(LightningCLI):
         if isinstance(self.datamodule, ActivationPairs):
             keys["split"] = self.datamodule.split_key
         if self._stored is not None and not self.fast:
-            prepare.check_split(self.cfg.ckpt_path, self._stored, keys.get("split"))
+            checkpoints.check_split(self.cfg.ckpt_path, self._stored, keys.get("split"))
         self.trainer.callbacks.append(StoreKeys(keys))  # type: ignore[attr-defined]
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -278,8 +278,7 @@ class MechdiffCLI(LightningCLI):
         records = [*self.model.records(), *self._coverage(), *(r for e in evaluations for r in e.results)]
         stores = {role: store.identity.key for role, store in self.stores.items()}
         origin = provenance(self.pair, self.cfg.seed_everything, stores)
-        if str(self.cfg.layers).endswith(prepare.RESULTS):
-            origin["layers"] = {"from": self.cfg.layers, "flags": prepare.doubts(self.cfg.layers)}
+        origin["layers"] = prepare.source_of_layers(self.cfg.layers)
         results = Results(records, origin)
         items = [asdict(item) for e in evaluations for item in e.items]
         write_run(
@@ -328,22 +327,3 @@ def main(verb: str, args: Sequence[str] | None = None, cli: type[MechdiffCLI] = 
             print(f"mechdiff: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def quiet() -> None:
-    """Keep notices that a user of this library cannot act on off the screen."""
-    disable_progress_bar()
-    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed", "pytorch.trainer.connectors"):
-        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
-    for text in (
-        ".*does not have many workers.*",
-        ".*will run with no optimizer.*",
-        ".*srun.*",
-        ".*GPU available but not used.*",
-        ".*treespec.*",
-        ".*is_gradient_checkpointing.*",
-        ".*smaller than the logging interval.*",
-        ".*dirpath has changed.*",
-        ".*Checkpoint directory .* exists.*",
-    ):
-        warnings.filterwarnings("ignore", message=text)

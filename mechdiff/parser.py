@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from mechdiff.pairs.spec import PairSpec
 
@@ -121,3 +124,22 @@ def _readable(wanted: str) -> str:
     if kind:
         return _NAMES.get(kind[1], kind[1])
     return "a class path" if wanted.startswith("dot import path") else ""
+
+
+def quiet() -> None:
+    """Keep notices that a user of this library cannot act on off the screen."""
+    disable_progress_bar()
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed", "pytorch.trainer.connectors"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*will run with no optimizer.*",
+        ".*srun.*",
+        ".*GPU available but not used.*",
+        ".*treespec.*",
+        ".*is_gradient_checkpointing.*",
+        ".*smaller than the logging interval.*",
+        ".*dirpath has changed.*",
+        ".*Checkpoint directory .* exists.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mechdiff.config import LAYER_STRIDE, fallback_layers
 from mechdiff.data.prompts import Prompt, select
 from mechdiff.data.store import ActivationStore
-from mechdiff.errors import CheckpointError, ConfigError
+from mechdiff.errors import ConfigError
 from mechdiff.extraction.extractor import ExtractionSpec, ensure_store, store_identity
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.pairs.alignment import template_tokens
@@ -27,12 +26,12 @@ from mechdiff.results import Record, Results
 
 FAST_FAMILIES = 8
 """Groups of prompts (one language, class and topic) that ``fast_dev_run`` keeps."""
-FILLED_IN = ("sites", "source_sites", "d_source", "d_target", "noise")
-"""Settings of a module that come from the run, not from its configuration."""
+FALLBACK, STRIDE, FROM_RQ1 = "fallback", "stride", "from_rq1"
+"""Words for layers that need to know the models."""
+PROPOSES, ENTERS, DISAGREE = "cka_debiased", "patch_increment", "rankings_disagree"
+"""What the layers that a scan chose are chosen by, and its flag where two ways to rank them disagree."""
 RESULTS = ".json"
 """How a table of results is told from a site."""
-STORES = "stores"
-"""Where a checkpoint keeps the keys of the stores that it was fitted to."""
 
 
 def pair_spec(given: Namespace | None) -> PairSpec:
@@ -76,7 +75,7 @@ def parse_layers(layers: list[int | str] | str) -> list[Site] | None:
         ConfigError: If there is none, or one occurs twice.
         SiteError: If a name is not one of a site.
     """
-    if layers in ("fallback", "stride"):
+    if layers in (FALLBACK, STRIDE, FROM_RQ1):
         return None
     if isinstance(layers, str) and layers.endswith(RESULTS):
         return [Site.parse(str(r.site)) for r in chosen_layers(layers)]
@@ -89,21 +88,55 @@ def parse_layers(layers: list[int | str] | str) -> list[Site] | None:
 
 
 def chosen_layers(path: str) -> list[Record]:
-    """Return the records of the layers that a run proposed by divergence, in order of depth.
+    """Return the records of the layers that a scan proposes, in order of depth.
+
+    They are those that differ most, unless patching puts the layers in another order: then those where most
+    of the effect enters.
 
     Raises:
         ConfigError: If the file is no table of results, or proposes none.
     """
-    found = Results.read(path).select(quantity="chosen_layer", by="cka_debiased")
+    chosen = Results.read(path).select(quantity="chosen_layer")
+    disagree = any(DISAGREE in r.flags for r in chosen)
+    by = [r.params["by"] for r in chosen]
+    wanted = ENTERS if disagree and ENTERS in by else PROPOSES
+    found = [r for r in chosen if r.params["by"] == wanted]
     if not found:
         raise ConfigError(f"{path} proposes no layer; give the results.json of an rq1 run (key: layers)")
     return sorted(found, key=lambda r: r.value or 0)
 
 
-def doubts(path: str) -> list[str]:
-    """Return the warnings that a run gave with the layers that it chose."""
-    chosen = Results.read(path).select(quantity="chosen_layer")
-    return sorted({flag for r in chosen for flag in r.flags})
+def from_rq1(logger: Any, pair: LoadedPair) -> str:
+    """Return the newest results of a scan of these very models that proposes layers, else ``fallback``.
+
+    Args:
+        logger: Configuration of the logger, whose folder holds the runs.
+        pair: The models.
+    """
+    init = logger.get("init_args") if isinstance(logger, Namespace) else None
+    if not init or not init.get("save_dir"):
+        return FALLBACK
+    weights = {m.role: m.fingerprint for m in (pair.base, pair.tuned)}
+    found = Path(init.save_dir).glob(f"rq1*/version_*/results{RESULTS}")
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        results = Results.read(str(path))
+        models = results.provenance.get("models", {})
+        same = {role: model.get("weights") for role, model in models.items()} == weights
+        if same and results.select(quantity="chosen_layer", by=PROPOSES):
+            return str(path.resolve())
+    return FALLBACK
+
+
+def source_of_layers(layers: Any) -> dict[str, Any]:
+    """Say where the layers of a run come from, with the warnings of the run that chose them.
+
+    Args:
+        layers: The setting, resolved.
+    """
+    if not str(layers).endswith(RESULTS):
+        return {"from": layers if layers in (FALLBACK, STRIDE) else "given", "flags": []}
+    flags = {flag for r in Results.read(layers).select(quantity="chosen_layer") for flag in r.flags}
+    return {"from": layers, "by": chosen_layers(layers)[0].params["by"], "flags": sorted(flags)}
 
 
 def settle_sites(sites: list[Site] | None, *depths: int, stride: bool = False) -> list[Site]:
@@ -176,110 +209,6 @@ def width(model: LoadedModel, site: Site) -> int:
     return model.width * (model.num_heads if site.component == "head_out" else 1)
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """Return what a checkpoint says of itself: class, settings and the stores that it was fitted to.
-
-    Raises:
-        CheckpointError: If it is missing or not a checkpoint of this library.
-    """
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path} is not a file; give a checkpoint written by a fit (key: ckpt_path)")
-    try:
-        body = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        settings = dict(body["hyper_parameters"])
-        settings.pop("_instantiator", None)
-        return {
-            "class_path": settings.pop("_class_path"),
-            "settings": settings,
-            "stores": body.get("callbacks", {}).get(STORES),
-        }
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise CheckpointError(f"{path} is not a checkpoint written by a fit (key: ckpt_path)") from error
-
-
-def check_class(path: str, stored: Mapping[str, Any], model: Namespace) -> None:
-    """Refuse a checkpoint of another class.
-
-    Raises:
-        CheckpointError: If it is.
-    """
-    wrote, wanted = (name.rpartition(".")[2] for name in (stored["class_path"], model.class_path))
-    if wrote != wanted:
-        raise CheckpointError(
-            f"{path} was written by {wrote}; allowed: a checkpoint of {wanted} (key: ckpt_path)"
-        )
-
-
-def overridden(stored: Mapping[str, Any], model: Namespace, defaults: Mapping[str, Any]) -> Iterable[str]:
-    """Yield the settings that were changed from their defaults and that a checkpoint changes back."""
-    for name, value in model.init_args.as_dict().items():
-        kept = stored["settings"].get(name, value)
-        if name not in FILLED_IN and _plain(value) not in (_plain(kept), _plain(defaults.get(name))):
-            yield f"model.{name} is {value}, but {kept} in the checkpoint, which counts"
-
-
-def check_sites(path: str, stored: Mapping[str, Any], sites: Sequence[Site], sources: Sequence[Site]) -> None:
-    """Refuse a checkpoint of other sites.
-
-    Raises:
-        CheckpointError: If it is.
-    """
-    for key, wanted in (("sites", sites), ("source_sites", sources)):
-        kept = list(stored["settings"].get(key) or stored["settings"]["sites"])
-        if kept != list(map(str, wanted)):
-            names = ", ".join(map(str, wanted))
-            raise CheckpointError(
-                f"{path} holds {key} {', '.join(kept)}; allowed: {names} (keys: layers, ckpt_path)"
-            )
-
-
-def check_stores(path: str, stored: Mapping[str, Any], stores: Mapping[str, ActivationStore]) -> None:
-    """Refuse a checkpoint that was fitted to other activations.
-
-    Raises:
-        CheckpointError: If it is.
-    """
-    kept = stored["stores"] or {}
-    for role, store in stores.items():
-        if kept.get(role) not in (None, store.identity.key):
-            raise CheckpointError(
-                f"{path} was fitted to store {kept[role]}, not {store.identity.key}: another pair, texts "
-                "or another extraction (keys: pair, extraction, ckpt_path)"
-            )
-
-
-def check_split(path: str, stored: Mapping[str, Any], split: str | None) -> None:
-    """Refuse a checkpoint whose training prompts may now be test prompts.
-
-    Raises:
-        CheckpointError: If it is.
-    """
-    kept = (stored["stores"] or {}).get("split")
-    if kept not in (None, split):
-        raise CheckpointError(
-            f"{path} was fitted to another split of the prompts; allowed: the seed, topics, templates and "
-            "data.val_frac of that fit (keys: seed_everything, data, ckpt_path)"
-        )
-
-
-def newest_checkpoint(logger: Any) -> str | None:
-    """Return the newest checkpoint of the runs of a logger's configuration."""
-    init = logger.get("init_args") if isinstance(logger, Namespace) else None
-    if not init or not init.get("save_dir"):
-        return None
-    folder = Path(init.save_dir) / str(init.get("name") or "lightning_logs")
-    found = sorted(folder.glob("version_*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    return str(found[-1]) if found else None
-
-
 def make_absolute(config: Namespace) -> None:
     """Make the paths of a configuration absolute, in place, so that it can be run again from elsewhere."""
     for key in (
@@ -308,7 +237,3 @@ def few(prompts: Sequence[Prompt]) -> list[Prompt]:
             families.add(family)
             kept.append(prompt)
     return kept
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "commands": ALL,
     "cli": ALL - {"commands", "__main__"},
     "parser": {"pairs.spec"},  # how a command line is read
+    "checkpoints": {"data.store", "interventions.sites"},  # what a checkpoint says of itself
     "prepare": {"pairs", "data", "extraction", "interventions.sites"},  # what a run needs before it is built
     "callbacks": {"modules.base", "interventions", "pairs", "data", "functional"},
     "extraction": {"interventions", "pairs", "data", "functional"},

@@ -59,28 +59,46 @@ def test_a_run_answers_the_question_and_leaves_its_parts(measured: Path) -> None
         "coverage",
     }
     assert {r.site for r in results.select(quantity="cka", split="all")} == {"resid_post.0", "resid_post.2"}
-    figures = {"divergence.png", "divergence_matrix.png", "layer_patch.png", "behaviour.png"}
+    figures = {"divergence.png", "divergence_matrix.png", "layer_patch.png", "behaviour.png", "grafts.png"}
     assert {p.name for p in (measured / "figures").iterdir()} == figures
     assert (measured / "items.parquet").is_file()
     assert (measured / "config.yaml").is_file()
     assert not (measured / "checkpoints").exists()
 
 
-def test_its_layers_are_those_of_a_run_downstream(place: Path, measured: Path, tmp_path: Path) -> None:
-    table = measured / "results.json"
-    body = json.loads(table.read_text())
+@pytest.mark.parametrize(("flags", "by"), [([], "cka_debiased"), (["rankings_disagree"], "patch_increment")])
+def test_its_layers_are_those_of_a_run_downstream(
+    flags: list[str], by: str, place: Path, measured: Path, tmp_path: Path
+) -> None:
+    body = json.loads((measured / "results.json").read_text())
     for record in body["records"]:
         if record["quantity"] == "chosen_layer":
-            record["flags"] = ["rankings_disagree"]
-    doubtful = tmp_path / "results.json"
-    doubtful.write_text(json.dumps(body))
-    more = [f"--layers={doubtful}", "--trainer.callbacks=[]"]
+            record["flags"] = flags
+    table = tmp_path / "runs" / "rq1_mine" / "version_0" / "results.json"
+    table.parent.mkdir(parents=True)
+    table.write_text(json.dumps(body))
+    chosen = Results.read(table).select(quantity="chosen_layer", by=by)
+    for layers in (table, "from_rq1"):
+        more = [f"--layers={layers}", "--trainer.callbacks=[]"]
+        assert run("fit", *config(), *options(place, tmp_path), *more) == 0
+        folder = max((tmp_path / "runs" / "clt_cultural").iterdir())
+        found = Results.read(folder / "results.json")
+        assert {r.site for r in found.select(quantity="r2")} == {r.site for r in chosen}
+        assert found.provenance["layers"] == {"from": str(table), "by": by, "flags": flags}
+
+
+def test_without_a_scan_of_these_very_models_the_default_layers_are_used(
+    place: Path, measured: Path, tmp_path: Path
+) -> None:
+    body = json.loads((measured / "results.json").read_text())
+    body["provenance"]["models"]["tuned"]["weights"] = "another"
+    table = tmp_path / "runs" / "rq1_mine" / "version_0" / "results.json"
+    table.parent.mkdir(parents=True)
+    table.write_text(json.dumps(body))
+    more = ["--layers=from_rq1", "--trainer.callbacks=[]"]
     assert run("fit", *config(), *options(place, tmp_path), *more) == 0
     (folder,) = (tmp_path / "runs" / "clt_cultural").iterdir()
-    found = Results.read(folder / "results.json")
-    chosen = Results.read(table).select(quantity="chosen_layer", by="cka_debiased")
-    assert {r.site for r in found.select(quantity="r2")} == {r.site for r in chosen}
-    assert found.provenance["layers"] == {"from": str(doubtful), "flags": ["rankings_disagree"]}
+    assert Results.read(folder / "results.json").provenance["layers"] == {"from": "fallback", "flags": []}
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -23,6 +26,7 @@ from mechdiff.functional.stats import (
     measurable,
 )
 from mechdiff.modules.base import DiffModule, estimated, missing
+from mechdiff.pairs.fairness import FilterReport, filter_shared
 from mechdiff.pairs.loading import LoadedPair
 from mechdiff.results import Record
 
@@ -172,3 +176,40 @@ class CausalEvaluation(Callback):
     def _generator(self, quantity: str, about: dict[str, Any]) -> torch.Generator:
         """The same resamples for an arm and its controls."""
         return generator(self.seed, quantity, about.get("site"), about.get("positions"))
+
+
+def readable(pair: LoadedPair, prompts: Sequence[Prompt]) -> tuple[list[Prompt], FilterReport]:
+    """Keep the prompts that both models can read under the pair's tokenizer policy.
+
+    Args:
+        pair: The models.
+        prompts: What there is.
+
+    Raises:
+        PromptError: If none is left.
+    """
+    required = pair.spec.tokenizer_policy == "shared_vocab_required"
+    least = pair.spec.min_shared_coverage if required else 0.0
+    return filter_shared(list(prompts), pair.base.tokenizer, pair.tuned.tokenizer, pair.shared, least)
+
+
+def spread(prompts: Sequence[Prompt], most: int | None) -> list[Prompt]:
+    """Take prompts in turn from each language and class until there are enough.
+
+    Within a class they are drawn in an order of their own, which does not depend on files or ids, so that a
+    few prompts stand for all topics and templates.
+
+    Args:
+        prompts: What there is.
+        most: How many; None takes all.
+
+    Returns:
+        The prompts taken, in the order given.
+    """
+    classes: dict[tuple[str, str], list[Prompt]] = defaultdict(list)
+    for prompt in sorted(prompts, key=lambda p: hashlib.sha256(p.text.encode()).digest()):
+        classes[prompt.lang, prompt.label].append(prompt)
+    columns = (classes[key] for key in sorted(classes))
+    turns = [p for turn in zip_longest(*columns) for p in turn if p is not None]
+    taken = set(turns[:most])
+    return [p for p in prompts if p in taken]

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from mechdiff.callbacks.base import CausalEvaluation, Item
+from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
 from mechdiff.callbacks.choices import chosen, solved
+from mechdiff.callbacks.graded import Openings, read_openings
 from mechdiff.callbacks.observations import Observation, records
-from mechdiff.callbacks.patcher import Openings
-from mechdiff.callbacks.patching import read_openings, spread
 from mechdiff.callbacks.refusal import TOO_LONG, answered, opened, read
 from mechdiff.data.benchmarks.items import Item as Question
 from mechdiff.data.benchmarks.items import permute_options
@@ -26,7 +25,6 @@ from mechdiff.data.benchmarks.registry import load_benchmarks
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
 from mechdiff.modules.base import DiffModule
-from mechdiff.pairs.fairness import filter_shared
 from mechdiff.pairs.loading import LoadedPair
 from mechdiff.pairs.voice import Voice, voices
 from mechdiff.results import Record
@@ -154,10 +152,7 @@ class Behaviour(CausalEvaluation):
 
     def _kept(self, pair: LoadedPair, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Take prompts that both models can read, evenly over languages and classes."""
-        required = pair.spec.tokenizer_policy == "shared_vocab_required"
-        least = pair.spec.min_shared_coverage if required else 0.0
-        tokenizers = pair.base.tokenizer, pair.tuned.tokenizer
-        kept, report = filter_shared(list(prompts), *tokenizers, pair.shared, least)
+        kept, report = readable(pair, prompts)
         if report.kept < report.total:
             log.warning(
                 "kept %d of %d prompts: the others have too few shared tokens", report.kept, report.total

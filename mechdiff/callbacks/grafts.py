@@ -7,7 +7,7 @@
    above it run again. A component that is bitwise equal in both models is not run, nor are two with the same
    differing tensors run twice.
 3. Beside it how much each weight changed, and what becomes of the tuned model along theta_base + lambda
-   (theta_tuned − theta_base): its divergence from either model, and an effect if one is given.
+   (theta_tuned − theta_base): its divergence from either model, and its graded behaviour.
 4. Distributions are renormalised over the tokens that both models have. Each model reads its own tokens, so
    with different tokenizers even ``all`` recovers less than 1: the rest is what the tokens themselves do. Of
    the tables only shared rows are grafted.
@@ -16,17 +16,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mechdiff.callbacks.base import CausalEvaluation, Item
+from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
+from mechdiff.callbacks.graded import grades, read_openings
 from mechdiff.callbacks.patcher import Side
-from mechdiff.callbacks.patching import spread
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
 from mechdiff.functional.metrics import kl_divergence
@@ -46,16 +47,12 @@ from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine, run_logits
 from mechdiff.modules.base import DiffModule, missing
 from mechdiff.pairs.alignment import encode
-from mechdiff.pairs.fairness import filter_shared
 from mechdiff.pairs.loading import LoadedModel, LoadedPair
 from mechdiff.results import Record
 
 KINDS = ("all", "embed", "block", "attn", "mlp", "norm", "head")
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 _NOISE_PROMPTS = 8
-
-Effect = Callable[[LoadedModel, Sequence[Prompt]], Tensor]
-"""Measures a behaviour of a model on prompts: one number per prompt, `(prompts,)`."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,8 @@ class Grafts(CausalEvaluation):
         max_prompts: Use at most this many evaluation prompts, evenly over languages and classes; None takes
             all.
         lambdas: Points of the interpolation; none leaves it out.
-        effect: A behaviour to follow along the interpolation, beside the two divergences.
-        effect_unit: Its unit.
+        effect_prompts: Prompts whose log-odds of refusing and log P(correct) are followed along the
+            interpolation, beside the two divergences; 0 leaves them out.
         ranks: Whether to compute the ranks of weight changes, one eigendecomposition per changed matrix.
         tokens_per_batch: Tokens run at once; the residuals of that many tokens are kept at every block.
 
@@ -90,8 +87,7 @@ class Grafts(CausalEvaluation):
         kinds: Sequence[str] = KINDS,
         max_prompts: int | None = 40,
         lambdas: Sequence[float] = LAMBDAS,
-        effect: Effect | None = None,
-        effect_unit: str = "nats",
+        effect_prompts: int = 12,
         ranks: bool = True,
         tokens_per_batch: int = 1024,
     ) -> None:
@@ -99,14 +95,14 @@ class Grafts(CausalEvaluation):
         if unknown := sorted(set(kinds) - set(KINDS)):
             raise ConfigError(f"kinds has {unknown[0]!r}; allowed: {', '.join(KINDS)} (key: kinds)")
         self.kinds, self.max_prompts, self.lambdas = tuple(kinds), max_prompts, tuple(lambdas)
-        self.effect, self.effect_unit = effect, effect_unit
+        self.effect_prompts = effect_prompts
         self.ranks, self.tokens_per_batch = ranks, tokens_per_batch
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
         """Graft in both directions; nothing fitted is used."""
         rows = _shared_rows(pair)
         check_same_architecture(pair.tuned.model, pair.base.model, rows)
-        kept = self._kept(pair, prompts)
+        kept = spread(readable(pair, prompts)[0], self.max_prompts)
         base, tuned = (
             Side(m, SuffixEngine(m.model), ids.to(m.device), [encode(m.tokenizer, p.text) for p in kept])
             for m, ids in ((pair.base, pair.shared.base_ids), (pair.tuned, pair.shared.tuned_ids))
@@ -117,12 +113,6 @@ class Grafts(CausalEvaluation):
         yield from self._grafted(kept, base, pair.tuned, clean["tuned"], rows, "tuned_into_base")
         yield from self._weights(pair, rows)
         yield from self._interpolated(kept, pair, tuned, clean, rows)
-
-    def _kept(self, pair: LoadedPair, prompts: Sequence[Prompt]) -> list[Prompt]:
-        required = pair.spec.tokenizer_policy == "shared_vocab_required"
-        least = pair.spec.min_shared_coverage if required else 0.0
-        kept, _ = filter_shared(list(prompts), pair.base.tokenizer, pair.tuned.tokenizer, pair.shared, least)
-        return spread(kept, self.max_prompts)
 
     def _grafted(
         self,
@@ -209,10 +199,13 @@ class Grafts(CausalEvaluation):
     ) -> Iterator[Record]:
         """Walk from base to tuned and beyond, in tuned's tokens."""
         about: dict[str, Any] = {"question": "rq1", "positions": "last", "split": "eval"}
+        openings = read_openings(Path(pair.spec.openings)) if pair.spec.openings else {}
+        few = set(spread([p for p in prompts if grades(p, openings)], self.effect_prompts))
+        followed = [(i, g) for i, p in enumerate(prompts) if p in few for g in grades(p, openings)]
         for lambda_ in self.lambdas:
             with interpolate(pair.base.model, pair.tuned.model, lambda_, rows):
                 log_p = clean["tuned"] if lambda_ == 1 else self._distributions(side)
-                effect = self.effect(pair.tuned, prompts) if self.effect else None
+                graded = [(prompts[i], g.metric, side.grade(i, g)) for i, g in followed]
             for role, reference in clean.items():
                 column, params = (
                     kl_divergence(reference, log_p).cpu(),
@@ -220,10 +213,14 @@ class Grafts(CausalEvaluation):
                 )
                 yield self.mean(column, "interpolation_kl", unit="nats", params=params, **about)
                 self._keep(prompts, "interpolation_kl", "", role, f"lambda={lambda_}", column)
-            if effect is not None:
-                about_effect = {**about, "unit": self.effect_unit, "params": {"lambda_": lambda_}}
-                yield self.mean(effect, "interpolation_effect", **about_effect)
-                self._keep(prompts, "interpolation_effect", "", "", f"lambda={lambda_}", effect)
+            for metric, label in sorted({(m, p.label) for p, m, _ in graded}):
+                found = [(p, x) for p, m, x in graded if (m, p.label) == (metric, label)]
+                column = torch.tensor([x for _, x in found], dtype=torch.float64)
+                params = {"lambda_": lambda_, "metric": metric, "label": label}
+                yield self.mean(column, "interpolation_effect", unit="nats", params=params, **about)
+                self._keep(
+                    [p for p, _ in found], "interpolation_effect", "", metric, f"lambda={lambda_}", column
+                )
 
     def _noise(self, side: Side) -> float:
         """Return the divergence of a model from itself between batches and single prompts."""

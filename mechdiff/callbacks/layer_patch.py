@@ -4,7 +4,7 @@
    the answer and at all aligned positions.
 2. Recovery = 1 − mean KL(P_donor ‖ P_patched) / mean KL(P_donor ‖ P_recipient): 1 makes the recipient the
    donor; breaking a model cannot mimic it. Beside it how far the patch moves the recipient,
-   KL(P_recipient ‖ P_patched), and what it does to the log-odds of refusing.
+   KL(P_recipient ‖ P_patched), and what it does to the log-odds of refusing and to log P(correct).
 3. The curve over all sites is read on some prompts. All prompts and the controls of
    `mechdiff.callbacks.layer_patcher` are run at the layers that the divergence proposes.
 4. Patching above a change undoes it at every later layer, so increments of the curve stand beside it, and
@@ -23,10 +23,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import CausalEvaluation, Item
+from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
+from mechdiff.callbacks.graded import Openings, grades, read_openings
 from mechdiff.callbacks.layer_patcher import LayerPatcher, wrong_site
-from mechdiff.callbacks.patcher import Direction, Openings, Side, Where
-from mechdiff.callbacks.patching import read_openings, spread
+from mechdiff.callbacks.patcher import Direction, Side, Where
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
 from mechdiff.functional.metrics import kl_divergence
@@ -35,7 +35,6 @@ from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine
 from mechdiff.modules.base import DiffModule, missing, similarity
 from mechdiff.pairs.alignment import align, common_template, encode, template_tokens
-from mechdiff.pairs.fairness import filter_shared
 from mechdiff.pairs.loading import LoadedPair
 from mechdiff.pairs.voice import voices
 from mechdiff.results import Record
@@ -53,7 +52,8 @@ class LayerPatch(CausalEvaluation):
         max_prompts: Prompts at the proposed layers; None takes all.
         everywhere_prompts: The same where all positions are patched, which costs as many tokens; 0 leaves
             these patches out.
-        effect_prompts: The same for the log-odds of refusing, the costliest part; 0 leaves it out.
+        effect_prompts: Prompts of the curve whose log-odds of refusing and log P(correct) are read, the
+            costliest part; 0 leaves it out.
         floor: Recovery that counts as an effect, a fraction.
         tokens_per_batch: Tokens run at once when all positions are patched.
 
@@ -84,11 +84,7 @@ class LayerPatch(CausalEvaluation):
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
         """Patch every residual site of a module; see the module's docstring."""
-        required = pair.spec.tokenizer_policy == "shared_vocab_required"
-        least = pair.spec.min_shared_coverage if required else 0.0
-        tokenizers = pair.base.tokenizer, pair.tuned.tokenizer
-        kept, _ = filter_shared(list(prompts), *tokenizers, pair.shared, least)
-        kept = spread(kept, self.max_prompts)
+        kept = spread(readable(pair, prompts)[0], self.max_prompts)
         ranking = module.ranking()
         sites = [site for site in map(Site.parse, module.sites) if site.component == "resid_post"]
         controlled = _proposed(sites, ranking)
@@ -110,9 +106,7 @@ class LayerPatch(CausalEvaluation):
         read = sorted({*sites, *own.values()})
         for side in sides.values():
             side.read(read, lambda index: read if index in curve else needed)
-        openings = (
-            read_openings(Path(pair.spec.openings)) if pair.spec.openings and self.effect_prompts else {}
-        )
+        openings = read_openings(Path(pair.spec.openings)) if pair.spec.openings else {}
         for recipient, donor in (("tuned", "base"), ("base", "tuned")):
             patcher = self._patcher(module, sides, recipient, donor, controlled, kept)
             measured = self._measure(kept, patcher, curve, WHERE if self.everywhere_prompts else ("last",))
@@ -120,7 +114,8 @@ class LayerPatch(CausalEvaluation):
             yield from found
             if (recipient, donor) == ("tuned", "base"):
                 yield from self._chosen(found, ranking)
-            yield from self._effects(kept, patcher, openings)
+            if self.effect_prompts:
+                yield from self._effects(kept, patcher, openings, found)
         if "reference" in sides:
             yield from self._similar(kept, sides, curve, sites)
             for recipient in ("tuned", "base"):
@@ -238,43 +233,52 @@ class LayerPatch(CausalEvaluation):
         return Record(quantity="patch_onset", value=site.layer, **{**about, "site": str(site)})
 
     def _chosen(self, found: Sequence[Record], ranking: Mapping[str, float]) -> Iterator[Record]:
-        """Yield the layers with the most recovery, flagged if divergence ranks layers otherwise."""
-        curve = [
-            r
-            for r in found
-            if (r.quantity, r.positions, r.control) == ("patch_recovery", "last", "none")
-            and r.value is not None
-        ]
+        """Yield the layers with the most recovery, and those where most of it enters.
+
+        They are flagged if divergence ranks the layers otherwise.
+        """
+        about: dict[str, Any] = {"split": "eval", "positions": "last"}
+        curve = _curve(found, "patch_recovery")
         values = [r.value or 0.0 for r in curve]
-        flags: tuple[str, ...] = ()
         if len(curve) > 1 and all(r.site in ranking for r in curve):
             same = agree([ranking[str(r.site)] for r in curve], values)
-            flags = () if same else ("rankings_disagree",)
-        for rank, index in enumerate(largest(values, PROPOSED), 1):
-            r = curve[index]
-            params = {"by": "patch_recovery", "rank": rank, "recovery": r.value}
-            value = Site.parse(str(r.site)).layer
-            about: dict[str, Any] = {"site": r.site, "split": "eval", "positions": "last", "flags": flags}
-            yield Record("rq1", "chosen_layer", value, r.n, "layer", params=params, **about)
+            about["flags"] = () if same else ("rankings_disagree",)
+        for by in ("patch_recovery", "patch_increment"):
+            curve = _curve(found, by)
+            for rank, index in enumerate(largest([r.value or 0.0 for r in curve], PROPOSED), 1):
+                r = curve[index]
+                params = {"by": by, "rank": rank, "share": r.value}
+                layer = Site.parse(str(r.site)).layer
+                yield Record("rq1", "chosen_layer", layer, r.n, "layer", params=params, site=r.site, **about)
 
     def _effects(
-        self, prompts: Sequence[Prompt], patcher: LayerPatcher, openings: Mapping[str, Openings]
+        self,
+        prompts: Sequence[Prompt],
+        patcher: LayerPatcher,
+        openings: Mapping[str, Openings],
+        found: Sequence[Record],
     ) -> Iterator[Record]:
-        """Yield what patches do to the log-odds of refusing, by class of prompts."""
-        able = [prompts[i] for i in patcher.patched("last") if prompts[i].lang in openings]
-        chosen = spread(able, self.effect_prompts)
-        changes: dict[tuple[Site, str, str], list[float]] = defaultdict(list)
-        for p in chosen:
-            found = patcher.refusal_logodds(
-                prompts.index(p), openings[p.lang], patcher.controlled, EFFECT_ARMS
-            )
-            for site, odds in found:
-                for arm in EFFECT_ARMS:
-                    change = odds[arm] - odds["self"]
-                    changes[site, p.label, arm].append(change)
-                    about = (str(site), "last", patcher.direction, arm)
-                    self.items.append(Item(p.id, "patch_effect", *about, change))
-        for (site, label, arm), values in sorted(changes.items()):
+        """Yield what patches do to graded behaviour, by class of prompts.
+
+        They are those with controls, and beside them the patch where the effect enters.
+        """
+        able = [prompts[i] for i in patcher.patched("last") if grades(prompts[i], openings)]
+        holding = {p for i, p in enumerate(prompts) if len(patcher.recipient.states[i]) >= len(patcher.sites)}
+        entered = {Site.parse(str(r.site)) for r in found if r.quantity == "patch_onset" and r.site}
+        changes: dict[tuple[Site, str, str, str], list[float]] = defaultdict(list)
+        for p in spread([p for p in able if p in holding], self.effect_prompts):
+            for graded in grades(p, openings):
+                for sites, arms in (
+                    (patcher.controlled, EFFECT_ARMS),
+                    (sorted(entered - set(patcher.controlled)), EFFECT_ARMS[:1]),
+                ):
+                    for site, nats in patcher.graded(prompts.index(p), graded, sites, arms):
+                        for arm in arms:
+                            change = nats[arm] - nats["self"]
+                            changes[site, graded.metric, p.label, arm].append(change)
+                            about = (str(site), "last", patcher.direction, f"{arm}:{graded.metric}")
+                            self.items.append(Item(p.id, "patch_effect", *about, change))
+        for (site, metric, label, arm), values in sorted(changes.items()):
             yield self.mean(
                 torch.tensor(values),
                 "patch_effect",
@@ -284,7 +288,7 @@ class LayerPatch(CausalEvaluation):
                 split="eval",
                 unit="nats",
                 control="none" if arm == "raw" else arm,
-                params={"direction": patcher.direction, "label": label, "metric": "refusal_logodds"},
+                params={"direction": patcher.direction, "label": label, "metric": metric},
             )
 
     def _similar(
@@ -333,3 +337,9 @@ def _unpatched(patcher: LayerPatcher, cell: Iterable[int]) -> Tensor:
 def _to_donor(cell: Columns) -> Tensor:
     """Return KL(P_donor ‖ P_patched) of prompts in nats, ``(prompts,)``."""
     return torch.tensor([arms["raw"][0] for arms in cell.values()], dtype=torch.float64)
+
+
+def _curve(found: Iterable[Record], quantity: str) -> list[Record]:
+    """Return the points of a curve over layers at the last position that have a value."""
+    wanted = (quantity, "last", "none")
+    return [r for r in found if (r.quantity, r.positions, r.control) == wanted and r.value is not None]

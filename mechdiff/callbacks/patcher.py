@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mechdiff.functional.metrics import logodds
+from mechdiff.callbacks.graded import Graded
 from mechdiff.interventions.hooks import record
-from mechdiff.interventions.likelihood import lay_out, total_logprobs
+from mechdiff.interventions.likelihood import Layout, lay_out, total_logprobs
 from mechdiff.interventions.sites import POSITIONS, Site
 from mechdiff.interventions.suffix import SuffixEngine, run_logits
 from mechdiff.modules.base import UNTOUCHED, DiffModule
@@ -32,7 +32,6 @@ from mechdiff.pairs.loading import LoadedModel
 
 Where = Literal["last", "all"]
 Direction = Literal["into_tuned", "into_base"]
-Openings = tuple[list[str], list[str]]  # refusing, complying
 
 
 @dataclass
@@ -75,6 +74,24 @@ class Side:
     def restricted(self, logits: Tensor) -> Tensor:
         """Return log-probabilities over the shared tokens."""
         return restrict_logits(logits, self.shared)
+
+    def grade(self, index: int, graded: Graded) -> float:
+        """Return a graded behaviour (nats) of the model as it is now; nothing that was kept is used.
+
+        Args:
+            index: The prompt.
+            graded: What is read.
+        """
+        ids, layout = self.ids(index), self.lay_out(index, graded)
+        prefix = self.engine.prefill(ids[:, :-1])
+        logits = run_logits(self.loaded.model, layout.tokens, layout.mask, layout.columns, prefix)
+        return float(graded(total_logprobs(logits, layout)))
+
+    def lay_out(self, index: int, graded: Graded) -> Layout:
+        """Arrange what may follow a prompt in rows."""
+        ids = self.ids(index)
+        texts = [self.loaded.tokenizer(text, add_special_tokens=False).input_ids for text in graded.texts]
+        return lay_out(int(ids[0, -1]), texts, ids.device)
 
     def read(self, sites: Sequence[Site], keep: Callable[[int], Iterable[Site]] | None = None) -> None:
         """Run every prompt once, unpadded; keep its states, keys and values, and next-token distribution.
@@ -192,40 +209,30 @@ class Patcher:
                 rows = side.restricted(logits).split(len(arms))
                 yield from ((index, site, row) for index, row in zip(batch, rows, strict=True))
 
-    def refusal_logodds(
+    def graded(
         self,
         index: int,
-        openings: Openings,
+        graded: Graded,
         sites: Sequence[Site] | None = None,
         arms: Sequence[str] = ("real", "mapped"),
     ) -> Iterator[tuple[Site, dict[str, float]]]:
-        """Yield, for each site, the log-odds of refusing (nats) as it is and with the last position patched.
+        """Yield, for each site, a graded behaviour (nats) as it is and with the last position patched.
 
         Args:
             index: The prompt.
-            openings: Refusing and complying first words of an answer.
+            graded: What is read.
             sites: Where to patch, by default at every site.
             arms: What is done.
 
         Yields:
-            The site, and the log-odds by arm, with that of the clean run as ``self``.
+            The site, and the number by arm, with that of the clean run as ``self``.
         """
         sites = self.sites if sites is None else sites
-        side, ids = self.recipient, self.recipient.ids(index)
-        texts = [
-            side.loaded.tokenizer(text, add_special_tokens=False).input_ids
-            for kind in openings
-            for text in kind
-        ]
-        layout = lay_out(int(ids[0, -1]), texts, ids.device)
+        side, layout = self.recipient, self.recipient.lay_out(index, graded)
         prefix = side.prefixes[index]
         with record(side.loaded.model, sites) as states:
             clean = run_logits(side.loaded.model, layout.tokens, layout.mask, layout.columns, prefix)
-
-        def odds(logits: Tensor) -> float:
-            return float(logodds(*total_logprobs(logits, layout).split([len(kind) for kind in openings])))
-
-        reference = odds(clean)
+        reference = float(graded(total_logprobs(clean, layout)))
         for site in sites:
             result = {"self": reference}
             for arm in arms:
@@ -235,7 +242,7 @@ class Patcher:
                 logits = side.engine.resume(
                     site.layer, hidden, *rows, prefix=prefix, logits_at=layout.columns
                 )
-                result[arm] = odds(logits)
+                result[arm] = float(graded(total_logprobs(logits, layout)))
             yield site, result
 
     def edited(self, index: int, site: Site, arm: str, positions: Where) -> Tensor:

@@ -16,20 +16,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import CausalEvaluation, Item
-from mechdiff.callbacks.patcher import Openings, Patcher, Side, Where
+from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
+from mechdiff.callbacks.graded import Openings, read_openings, refusing
+from mechdiff.callbacks.patcher import Patcher, Side, Where
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import PromptError
 from mechdiff.functional.metrics import kl_divergence
@@ -37,7 +35,7 @@ from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine
 from mechdiff.modules.base import DiffModule, missing
 from mechdiff.pairs.alignment import Alignment, align, common_template, encode, template_tokens
-from mechdiff.pairs.fairness import FilterReport, filter_shared
+from mechdiff.pairs.fairness import FilterReport
 from mechdiff.pairs.loading import LoadedModel, LoadedPair
 from mechdiff.results import Record
 
@@ -90,11 +88,7 @@ class MappedPatch(CausalEvaluation):
         module.to(pair.device)
         path = pair.spec.openings if self.effect_prompts != 0 else None
         openings = read_openings(Path(path)) if path else None
-        required = pair.spec.tokenizer_policy == "shared_vocab_required"
-        least = pair.spec.min_shared_coverage if required else 0.0
-        kept, found = filter_shared(
-            list(prompts), pair.base.tokenizer, pair.tuned.tokenizer, pair.shared, least
-        )
+        kept, found = readable(pair, prompts)
         yield from _kept(prompts, kept, found)
         kept = spread(kept, self.max_prompts)
         base = _side(pair.base, pair.shared.base_ids, kept)
@@ -200,7 +194,7 @@ class MappedPatch(CausalEvaluation):
         arms = ["real", "mapped", *(["mean_shift"] if "mean_shift" in patcher.arms else [])]
         effects: dict[Site, list[list[float]]] = {site: [] for site in patcher.sites}
         for prompt in self.track(chosen, "refusal log-odds"):
-            found = patcher.refusal_logodds(prompts.index(prompt), openings[prompt.lang], arms=arms)
+            found = patcher.graded(prompts.index(prompt), refusing(openings[prompt.lang]), arms=arms)
             for site, odds in found:
                 changes = [odds[arm] - odds["self"] for arm in arms]
                 effects[site].append(changes)
@@ -222,56 +216,6 @@ class MappedPatch(CausalEvaluation):
                 for arm, effect in zip(arms[1:], others, strict=True):
                     about["control"] = "none" if arm == "mapped" else arm
                     yield self.correlation(real, effect, classes, "effect_correlation", **about)
-
-
-def read_openings(path: Path) -> dict[str, Openings]:
-    """Read refusing and complying openings by language.
-
-    Raises:
-        PromptError: If the file is missing or malformed, or a language lacks one of the two kinds.
-    """
-    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"refuse": [], "comply": []})
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise PromptError(f"cannot read {path}: {error.strerror} (key: pair.openings)") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            found[row["lang"]][row["kind"]].append(row["text"].strip() and row["text"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            wanted = "expected lang, kind (refuse or comply) and text"
-            raise PromptError(f"{path}:{number}: {wanted}: {error} (key: pair.openings)") from error
-    for lang, kinds in found.items():
-        if not all(texts and all(texts) for texts in kinds.values()):
-            raise PromptError(
-                f"{path} needs openings of both kinds, refuse and comply, for {lang!r} (key: pair.openings)"
-            )
-    return {lang: (kinds["refuse"], kinds["comply"]) for lang, kinds in found.items()}
-
-
-def spread(prompts: Sequence[Prompt], most: int | None) -> list[Prompt]:
-    """Take prompts in turn from each language and class until there are enough.
-
-    Within a class they are drawn in an order of their own, which does not depend on files or ids, so that a
-    few prompts stand for all topics and templates.
-
-    Args:
-        prompts: What there is.
-        most: How many; None takes all.
-
-    Returns:
-        The prompts taken, in the order given.
-    """
-    classes: dict[tuple[str, str], list[Prompt]] = defaultdict(list)
-    for prompt in sorted(prompts, key=lambda p: hashlib.sha256(p.text.encode()).digest()):
-        classes[prompt.lang, prompt.label].append(prompt)
-    columns = (classes[key] for key in sorted(classes))
-    turns = [p for turn in zip_longest(*columns) for p in turn if p is not None]
-    taken = set(turns[:most])
-    return [p for p in prompts if p in taken]
 
 
 def _run(patcher: Patcher, patched: Mapping[Where, list[int]]) -> Iterator[tuple[Where, int, Site, Tensor]]:

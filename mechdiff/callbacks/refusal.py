@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from mechdiff.callbacks.graded import Openings
 from mechdiff.callbacks.observations import Observation
-from mechdiff.callbacks.patcher import Openings
 from mechdiff.data.prompts import Prompt
 from mechdiff.functional.metrics import logodds, refusal_score
 from mechdiff.functional.style import style_markers

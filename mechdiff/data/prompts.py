@@ -29,6 +29,7 @@ class Prompt:
         template: Name of the sentence pattern.
         topic: What it is about.
         twin: Id of the neutral counterpart of a target.
+        answer: The right answer, where the message is a problem.
     """
 
     id: str
@@ -39,10 +40,12 @@ class Prompt:
     template: str
     topic: str
     twin: str | None = None
+    answer: str | None = None
 
 
 _FIELDS = [f.name for f in fields(Prompt)]
-_REQUIRED = [name for name in _FIELDS if name != "twin"]
+_OPTIONAL = ("twin", "answer")
+_REQUIRED = [name for name in _FIELDS if name not in _OPTIONAL]
 _CHOICES = {"label": get_args(Label), "split": get_args(Split)}
 
 
@@ -104,9 +107,11 @@ def _parse(line: str) -> Prompt:
         raise PromptError(f"not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(row, dict) or set(row) - set(_FIELDS) or set(_REQUIRED) - set(row):
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise PromptError(f"keys must be {', '.join(_REQUIRED)} and optionally twin; found {found}")
+        raise PromptError(
+            f"keys must be {', '.join(_REQUIRED)} and optionally {' and '.join(_OPTIONAL)}; found {found}"
+        )
     for name, value in row.items():
-        if not (isinstance(value, str) and value.strip()) and not (name == "twin" and value is None):
+        if not (isinstance(value, str) and value.strip()) and not (name in _OPTIONAL and value is None):
             raise PromptError(f"{name} must be a non-empty string; found {value!r}")
         if name in _CHOICES and value not in _CHOICES[name]:
             raise PromptError(f"{name} must be one of {', '.join(_CHOICES[name])}; found {value!r}")

@@ -102,8 +102,8 @@ def plot_divergence_curve(results: Results, out: str | Path | None = None) -> Fi
             axes.legend(fontsize=7)
         first = own["debiased"][0]
         more = f"n = {first.n} prompts, {first.positions} position, split {first.split}."
-        _caption(figure, results, f"Bands: 95 % jackknife intervals over prompts. {more}")
-        return _finish(figure, out)
+        caption(figure, results, f"Bands: 95 % jackknife intervals over prompts. {more}")
+        return finish(figure, out)
 
 
 def plot_divergence_matrix(results: Results, out: str | Path | None = None) -> Figure:
@@ -137,8 +137,8 @@ def plot_divergence_matrix(results: Results, out: str | Path | None = None) -> F
         axes.set_xlabel("layer of tuned")
         axes.set_ylabel("layer of base")
         axes.set_title("Which layers of base resemble which of tuned")
-        _caption(figure, results, f"n = {records[0].n} prompts, {records[0].positions} position.")
-        return _finish(figure, out)
+        caption(figure, results, f"n = {records[0].n} prompts, {records[0].positions} position.")
+        return finish(figure, out)
 
 
 def plot_layer_patch(results: Results, out: str | Path | None = None) -> Figure:
@@ -156,6 +156,8 @@ def plot_layer_patch(results: Results, out: str | Path | None = None) -> Figure:
         raise ConfigError("nothing to draw: no record of patch_recovery; give the results.json of an rq1 run")
     sites = _sites(records)
     effects = results.select(quantity="patch_effect")
+    solved = [r for r in effects if r.params.get("metric") == "logprob_correct"]
+    effects = solved or effects  # a problem's answer says more than a refusal
     with rc_context(STYLE):
         rows = 2 if effects else 1
         figure = Figure(figsize=(WIDTH, 0.9 + 2.9 * rows), dpi=DPI, layout="constrained")
@@ -188,8 +190,8 @@ def plot_layer_patch(results: Results, out: str | Path | None = None) -> Figure:
         more = (
             f"n = {' to '.join(str(n) for n in sorted({*sizes[:1], *sizes[-1:]}))} prompts." if sizes else ""
         )
-        _caption(figure, results, f"Lines: 95 % intervals over prompts. {more}")
-        return _finish(figure, out)
+        caption(figure, results, f"Lines: 95 % intervals over prompts. {more}")
+        return finish(figure, out)
 
 
 def plot_behaviour_bars(results: Results, out: str | Path | None = None) -> Figure:
@@ -219,8 +221,8 @@ def plot_behaviour_bars(results: Results, out: str | Path | None = None) -> Figu
         handles = [Patch(color=MODELS[m], label=m) for m in models]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=7.5)
         more = "All tokens allowed. Lines: 95 % intervals over prompts (exact binomial for yes or no)."
-        _caption(figure, results, more)
-        return _finish(figure, out)
+        caption(figure, results, more)
+        return finish(figure, out)
 
 
 def behaviours(results: Results, quantity: str) -> dict[str, dict[str, Record]]:
@@ -255,7 +257,7 @@ def _line(axes: Axes, records: Sequence[Record], name: str, band: bool, **style:
 
 
 def _effects(axes: Axes, effects: Sequence[Record]) -> None:
-    """Draw changes of the log-odds of refusing, by site and class of prompts."""
+    """Draw changes of graded behaviour, by site and class of prompts."""
     cells: dict[str, dict[str, Record]] = {}
     for r in sorted(effects, key=lambda r: layer(str(r.site))):
         cells.setdefault(f"layer {layer(str(r.site))} {r.params['label']}", {})[r.control] = r
@@ -272,8 +274,9 @@ def _effects(axes: Axes, effects: Sequence[Record]) -> None:
                     "mec": "black",
                 }
                 axes.plot(i, beside.value, **style, **MARKERS[control])
-    axes.set_ylabel("change of log-odds (nats)")
-    axes.set_title("What it does to refusing")
+    solved = effects[0].params.get("metric") == "logprob_correct"
+    axes.set_ylabel(f"change of {'log P(correct)' if solved else 'log-odds'} (nats)")
+    axes.set_title(f"What it does to {'solving' if solved else 'refusing'}")
 
 
 def _grouped(
@@ -303,13 +306,15 @@ def _grouped(
     axes.set_xlim(middle - half, middle + half)
 
 
-def _caption(figure: Figure, results: Results, more: str) -> None:
+def caption(figure: Figure, results: Results, more: str) -> None:
+    """Write the pair's name and a remark below a figure."""
     name = pair_name(results)
     text = textwrap.fill(f"Pair {name}. {more}" if name else more, 150)
     figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=GREY)
 
 
-def _finish(figure: Figure, out: str | Path | None) -> Figure:
+def finish(figure: Figure, out: str | Path | None) -> Figure:
+    """Save a figure if there is a file for it."""
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out)

@@ -13,6 +13,7 @@ from mechdiff.reporting.divergence import (
     plot_divergence_matrix,
     plot_layer_patch,
 )
+from mechdiff.reporting.grafts import plot_graft_bars
 from mechdiff.reporting.plotting import plot_clt_bars, plot_patch_bars
 from mechdiff.results import Results
 
@@ -36,6 +37,7 @@ FIGURES: dict[str, tuple[str, Plot, list[dict[str, Any]]]] = {
         plot_layer_patch,
         [{"quantity": "patch_recovery", "model": "pair", "positions": where} for where in ("last", "all")],
     ),
+    "grafts": ("grafts.png", plot_graft_bars, [{"quantity": "graft_recovery", "component": "block.0"}]),
     "behaviour": ("behaviour.png", plot_behaviour_bars, [{"quantity": "refusal_rate", "model": "base"}]),
 }
 """Name of a figure, its file, what draws it, and the records of which it needs some."""

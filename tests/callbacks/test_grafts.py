@@ -1,8 +1,12 @@
 """Grafts as a callback: planted changes are found, equal weights read 0, numbers are the plain ones."""
 
+import json
+
 import pytest
 import torch
 
+from mechdiff.callbacks.base import spread
+from mechdiff.callbacks.graded import read_openings, refusing
 from mechdiff.callbacks.grafts import Grafts
 from mechdiff.errors import ConfigError, PairError
 from mechdiff.functional.metrics import kl_divergence
@@ -12,6 +16,7 @@ from mechdiff.pairs.fairness import restrict_logits
 from mechdiff.pairs.organisms import plant_heads, plant_null, plant_policy, plant_weights, planted_pair
 from mechdiff.results import QUANTITIES
 from tests.toys import OTHER_END, loaded, prompts
+from tests.workspace import OPENINGS
 
 NEW = ["graft_kl", "weight_change", "weight_share", "weight_rank", "interpolation_kl", "interpolation_effect"]
 PROMPTS = prompts(1)  # 16, in two languages
@@ -27,10 +32,10 @@ def base():
     return loaded()
 
 
-def run(base, tuned, callback=None, least=1.0):
+def run(base, tuned, callback=None, least=1.0, openings=None):
     callback = callback or Grafts(lambdas=(), ranks=False)
     pair = planted_pair(base, tuned)
-    pair.spec.min_shared_coverage = least
+    pair.spec.min_shared_coverage, pair.spec.openings = least, openings
     with torch.no_grad():
         return list(callback.evaluate(None, pair, PROMPTS))
 
@@ -148,15 +153,12 @@ def test_weights_say_where_the_change_is_and_how_wide(base):
     assert not [r for r in none if r.quantity == "weight_rank"]
 
 
-def test_the_line_from_base_to_tuned_begins_and_ends_at_the_models(base):
+def test_the_line_from_base_to_tuned_begins_and_ends_at_the_models(base, tmp_path):
     tuned = loaded(seed=1)
-
-    def depth(model, chosen):
-        assert model is tuned
-        return torch.full((len(chosen),), model.model.lm_head.weight[0, 0].item())
-
-    callback = Grafts(kinds=(), effect=depth, effect_unit="fraction")
-    records = run(base, tuned, callback)
+    openings = tmp_path / "openings.jsonl"
+    rows = [{"lang": "en", "kind": kind, "text": text} for kind, text in OPENINGS]
+    openings.write_text("\n".join(map(json.dumps, rows)))
+    records = run(base, tuned, Grafts(kinds=(), effect_prompts=4), openings=openings)
     for role, zero in (("base", 0.0), ("tuned", 1.0)):
         line = {
             r.params["lambda_"]: r.value
@@ -167,9 +169,23 @@ def test_the_line_from_base_to_tuned_begins_and_ends_at_the_models(base):
         assert line[zero] == 0.0
         assert min(value for point, value in line.items() if point != zero) > 0
     effects = [r for r in records if r.quantity == "interpolation_effect"]
-    ends = [m.model.lm_head.weight[0, 0].item() for m in (base, tuned)]
-    assert [r.value for r in effects if r.params["lambda_"] in (0, 1)] == pytest.approx(ends)
-    assert {r.unit for r in effects} == {"fraction"}
+    english = [p for p in PROMPTS if p.lang == "en"]
+    graded = refusing(read_openings(openings)["en"])
+    for model, point in ((base, 0.0), (tuned, 1.0)):
+        for label in ("target", "neutral"):
+            chosen = [p for p in spread(english, 4) if p.label == label]
+            wanted = []
+            for p in chosen:
+                before = encode(model.tokenizer, p.text).input_ids
+                nats = []
+                for text in graded.texts:
+                    ids = model.tokenizer(text, add_special_tokens=False).input_ids
+                    logits = model.model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
+                    nats.append(logits.double().log_softmax(-1)[range(len(ids)), ids].sum())
+                wanted.append(graded(torch.stack(nats)).item())
+            (found,) = [r for r in effects if (r.params["lambda_"], r.params["label"]) == (point, label)]
+            assert found.value == pytest.approx(sum(wanted) / len(wanted), abs=1e-4)
+            assert found.n == len(chosen)
 
 
 def test_two_vocabularies_and_templates_are_compared_on_shared_tokens(base):

@@ -130,6 +130,8 @@ def test_records_say_what_was_measured(measured):
     assert [(r.params["by"], r.params["rank"]) for r in chosen] == [
         ("patch_recovery", 1),
         ("patch_recovery", 2),
+        ("patch_increment", 1),
+        ("patch_increment", 2),
     ]
     assert {i.quantity for i in callback.items} == {"patch_kl_to_donor", "patch_effect"}
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mechdiff.callbacks import MappedPatch
+from mechdiff.callbacks.base import spread
+from mechdiff.callbacks.graded import read_openings, refusing
 from mechdiff.callbacks.patcher import Patcher, Side, groups
-from mechdiff.callbacks.patching import read_openings, spread
 from mechdiff.data.join import join
 from mechdiff.errors import PromptError
 from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
@@ -249,7 +250,7 @@ def test_refusal_logodds_are_those_of_the_whole_model():
     for index in (0, 9):
         kinds = OPENINGS[texts[index].lang]
         ids = patcher.recipient.ids(index)
-        for site, found in patcher.refusal_logodds(index, kinds):
+        for site, found in patcher.graded(index, refusing(kinds)):
             for arm in ("self", "real", "mapped"):
                 state = patcher.edited(index, site, arm, "last")
                 sums = []

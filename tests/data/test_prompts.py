@@ -18,7 +18,7 @@ ROW = {
     "template": "what-is",
     "topic": "tea",
 }
-KEYS = "keys must be id, text, lang, label, split, template, topic and optionally twin; found "
+KEYS = "keys must be id, text, lang, label, split, template, topic and optionally twin and answer; found "
 
 
 def line(**changes: object) -> str:

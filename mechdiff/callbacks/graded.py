@@ -1,0 +1,89 @@
+"""Graded behaviour: what a model would do, read from how probable it finds whole answers.
+
+1. The log-odds of refusing: the summed probability of refusing openings against that of as many complying
+   ones of the same language.
+2. log P(correct): the right answer of a problem.
+
+Nothing is generated, so small changes show long before an answer turns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from mechdiff.data.prompts import Prompt
+from mechdiff.errors import PromptError
+from mechdiff.functional.metrics import logodds
+
+Openings = tuple[list[str], list[str]]  # refusing, complying
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A number read from the log-probabilities of continuations of a prompt.
+
+    Attributes:
+        metric: `refusal_logodds` or `logprob_correct`, nats.
+        texts: What may follow.
+        refusing: How many of them, from the first on, refuse; 0 for `logprob_correct`.
+    """
+
+    metric: str
+    texts: list[str]
+    refusing: int = 0
+
+    def __call__(self, nats: Tensor) -> Tensor:
+        """Turn log-probabilities `(..., texts)` into the number `(...)`."""
+        if self.metric == "logprob_correct":
+            return nats[..., 0]
+        return logodds(nats[..., : self.refusing], nats[..., self.refusing :])
+
+
+def refusing(openings: Openings) -> Graded:
+    """Return the log-odds of refusing."""
+    return Graded("refusal_logodds", [*openings[0], *openings[1]], len(openings[0]))
+
+
+def grades(prompt: Prompt, openings: Mapping[str, Openings]) -> list[Graded]:
+    """Return what can be graded of a prompt: refusing if its language has openings, its answer if it has one.
+
+    Args:
+        prompt: The prompt.
+        openings: Refusing and complying openings by language.
+    """
+    found = [refusing(openings[prompt.lang])] if prompt.lang in openings else []
+    return found + ([Graded("logprob_correct", [prompt.answer])] if prompt.answer is not None else [])
+
+
+def read_openings(path: Path) -> dict[str, Openings]:
+    """Read refusing and complying openings by language.
+
+    Raises:
+        PromptError: If the file is missing or malformed, or a language lacks one of the two kinds.
+    """
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"refuse": [], "comply": []})
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise PromptError(f"cannot read {path}: {error.strerror} (key: pair.openings)") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            found[row["lang"]][row["kind"]].append(row["text"].strip() and row["text"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            wanted = "expected lang, kind (refuse or comply) and text"
+            raise PromptError(f"{path}:{number}: {wanted}: {error} (key: pair.openings)") from error
+    for lang, kinds in found.items():
+        if not all(texts and all(texts) for texts in kinds.values()):
+            raise PromptError(
+                f"{path} needs openings of both kinds, refuse and comply, for {lang!r} (key: pair.openings)"
+            )
+    return {lang: (kinds["refuse"], kinds["comply"]) for lang, kinds in found.items()}

@@ -1,0 +1,128 @@
+"""What a checkpoint says of itself, and whether it fits the run that is to load it."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from mechdiff.data.store import ActivationStore
+from mechdiff.errors import CheckpointError
+from mechdiff.interventions.sites import Site
+
+FILLED_IN = ("sites", "source_sites", "d_source", "d_target", "noise")
+"""Settings of a module that come from the run, not from its configuration."""
+STORES = "stores"
+"""Where a checkpoint keeps the keys of the stores that it was fitted to."""
+
+
+def read(path: str) -> dict[str, Any]:
+    """Return what a checkpoint says of itself: class, settings and the stores that it was fitted to.
+
+    Raises:
+        CheckpointError: If it is missing or not a checkpoint of this library.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path} is not a file; give a checkpoint written by a fit (key: ckpt_path)")
+    try:
+        body = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        settings = dict(body["hyper_parameters"])
+        settings.pop("_instantiator", None)
+        return {
+            "class_path": settings.pop("_class_path"),
+            "settings": settings,
+            "stores": body.get("callbacks", {}).get(STORES),
+        }
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise CheckpointError(f"{path} is not a checkpoint written by a fit (key: ckpt_path)") from error
+
+
+def check_class(path: str, stored: Mapping[str, Any], model: Namespace) -> None:
+    """Refuse a checkpoint of another class.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    wrote, wanted = (name.rpartition(".")[2] for name in (stored["class_path"], model.class_path))
+    if wrote != wanted:
+        raise CheckpointError(
+            f"{path} was written by {wrote}; allowed: a checkpoint of {wanted} (key: ckpt_path)"
+        )
+
+
+def overridden(stored: Mapping[str, Any], model: Namespace, defaults: Mapping[str, Any]) -> Iterable[str]:
+    """Yield the settings that were changed from their defaults and that a checkpoint changes back."""
+    for name, value in model.init_args.as_dict().items():
+        kept = stored["settings"].get(name, value)
+        if name not in FILLED_IN and _plain(value) not in (_plain(kept), _plain(defaults.get(name))):
+            yield f"model.{name} is {value}, but {kept} in the checkpoint, which counts"
+
+
+def check_sites(path: str, stored: Mapping[str, Any], sites: Sequence[Site], sources: Sequence[Site]) -> None:
+    """Refuse a checkpoint of other sites.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    for key, wanted in (("sites", sites), ("source_sites", sources)):
+        kept = list(stored["settings"].get(key) or stored["settings"]["sites"])
+        if kept != list(map(str, wanted)):
+            names = ", ".join(map(str, wanted))
+            raise CheckpointError(
+                f"{path} holds {key} {', '.join(kept)}; allowed: {names} (keys: layers, ckpt_path)"
+            )
+
+
+def check_stores(path: str, stored: Mapping[str, Any], stores: Mapping[str, ActivationStore]) -> None:
+    """Refuse a checkpoint that was fitted to other activations.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    kept = stored["stores"] or {}
+    for role, store in stores.items():
+        if kept.get(role) not in (None, store.identity.key):
+            raise CheckpointError(
+                f"{path} was fitted to store {kept[role]}, not {store.identity.key}: another pair, texts "
+                "or another extraction (keys: pair, extraction, ckpt_path)"
+            )
+
+
+def check_split(path: str, stored: Mapping[str, Any], split: str | None) -> None:
+    """Refuse a checkpoint whose training prompts may now be test prompts.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    kept = (stored["stores"] or {}).get("split")
+    if kept not in (None, split):
+        raise CheckpointError(
+            f"{path} was fitted to another split of the prompts; allowed: the seed, topics, templates and "
+            "data.val_frac of that fit (keys: seed_everything, data, ckpt_path)"
+        )
+
+
+def newest(logger: Any) -> str | None:
+    """Return the newest checkpoint of the runs of a logger's configuration."""
+    init = logger.get("init_args") if isinstance(logger, Namespace) else None
+    if not init or not init.get("save_dir"):
+        return None
+    folder = Path(init.save_dir) / str(init.get("name") or "lightning_logs")
+    found = sorted(folder.glob("version_*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    return str(found[-1]) if found else None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
