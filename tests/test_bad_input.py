@@ -184,9 +184,12 @@ def test_a_pair_file_that_is_none(text: str, message: str, place: Path, attempt:
         ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
         (
             '{"id": "x"}',
-            "keys must be id, text, lang, label, split, template, topic and optionally twin; found",
+            "keys must be id, text, lang, label, split, template, topic and optionally twin and answer; found",
         ),
-        ("[]", "keys must be id, text, lang, label, split, template, topic and optionally twin; found list"),
+        (
+            "[]",
+            "keys must be id, text, lang, label, split, template, topic and optionally twin and answer; found list",
+        ),
     ],
 )
 def test_a_prompt_line_is_named(line: str, message: str, place: Path, attempt: Callable[..., str]) -> None:

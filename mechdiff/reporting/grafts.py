@@ -68,7 +68,7 @@ def plot_graft_bars(results: Results, out: str | Path | None = None) -> Figure:
             handles += [Line2D([], [], color=colour, label=f"KL from {m}") for m, colour in _models(way)]
         if effects:
             handles += [
-                Line2D([], [], color="black", linestyle=style, label=f"{label} prompts")
+                Line2D([], [], color="black", ls=style, label=f"{label} prompts")
                 for label, style in LABELS.items()
             ]
         figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=7)
