@@ -34,13 +34,29 @@ def affine(x: Tensor, site: int = 0, noise: float = 0.01, d: int | None = None) 
     return x @ (start + change) + 0.5 + noise * torch.randn(len(x), width, generator=draws)
 
 
-def write_store(root: Path, sites: Mapping[str, Tensor], name: str, dtype: str = "float32") -> Path:
+def neutral(_prompt: int) -> str:
+    """Give every prompt the same class."""
+    return "neutral"
+
+
+def alternating(prompt: int) -> str:
+    """Make every other prompt a target."""
+    return "target" if prompt % 2 else "neutral"
+
+
+def write_store(
+    root: Path,
+    sites: Mapping[str, Tensor],
+    name: str,
+    dtype: str = "float32",
+    label: Callable[[int], str] = neutral,
+) -> Path:
     """Write a store with one shard; rows are prompts times (user tokens, template, last)."""
     identity = StoreIdentity(f"{name}/float32", "tokenizer", "template", "texts", "all", dtype)
     folder = root / identity.key
     inside = folder / "pass-hand"
     inside.mkdir(parents=True)
-    examples = [Example(f"p{i}", "en", "neutral", f"s{i}", f"t{i}") for i in range(PROMPTS)]
+    examples = [Example(f"p{i}", "en", label(i), f"s{i}", f"t{i}") for i in range(PROMPTS)]
     Contents(identity, examples, [b"<"], [b">", b":"]).write(folder)
     per = USER_TOKENS + 2
     columns = {
@@ -61,14 +77,22 @@ def write_store(root: Path, sites: Mapping[str, Tensor], name: str, dtype: str =
 
 
 def planted(
-    root: Path, change: Callable[[Tensor, int], Tensor], sites: int = 2, d: int = 12, **options: object
+    root: Path,
+    change: Callable[[Tensor, int], Tensor],
+    sites: int = 2,
+    d: int = 12,
+    label: Callable[[int], str] = neutral,
+    kind: type[ActivationPairs] = ActivationPairs,
+    **options: object,
 ) -> ActivationPairs:
     """Make the data of a pair whose target states are `change` of its source states."""
     source = {f"resid_post.{i}": states(d, seed=10 + i) for i in range(sites)}
     target = {name: change(x, i) for i, (name, x) in enumerate(source.items())}
-    folders = write_store(root, source, "source"), write_store(root, target, "target")
+    folders = [
+        write_store(root, side, name, label=label) for name, side in (("source", source), ("target", target))
+    ]
     settings = {"tokens": None, "batch_size": 64, **options}
-    return ActivationPairs(*map(str, folders), sites=list(source), **settings)
+    return kind(*map(str, folders), sites=list(source), **settings)
 
 
 def widths(data: ActivationPairs) -> dict[str, object]:
