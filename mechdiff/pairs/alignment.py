@@ -79,15 +79,21 @@ class _Template(NamedTuple):
     suffix: tuple[int, ...]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None = None) -> str:
     """Return a user message as the model expects it, up to its answer; the text itself without a template.
+
+    Args:
+        tokenizer: Tokenizer of the model, with its chat template if it has one.
+        text: The user's message.
+        system: A system message before it; by default whatever the template itself puts there.
 
     Raises:
         PromptError: If the chat template fails.
     """
     if not tokenizer.chat_template:
-        return text
-    messages = [{"role": "user", "content": text}]
+        return text if system is None else f"{system}\n\n{text}"
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": text})
     try:
         rendered = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, date_string=DATE
@@ -101,20 +107,21 @@ def render(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return rendered
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedPrompt:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None = None) -> EncodedPrompt:
     """Render and tokenise a user message and name every token.
 
     Args:
         tokenizer: Tokenizer of the model, with its chat template if it has one.
         text: The user's message.
+        system: A system message before it; see `render`.
 
     Raises:
         PromptError: If the template fails or changes the message, or its tokens cannot be located in it.
     """
-    prompt = _located(tokenizer, text)
+    prompt = _located(tokenizer, text, system)
     if not prompt.input_ids:
         raise PromptError(f"{_short(text)} gives no token (key: pair.prompts)")
-    template = _template(tokenizer, str(tokenizer.chat_template), len(tokenizer))
+    template = _template(tokenizer, str(tokenizer.chat_template), len(tokenizer), system)
     # A message can merge with the template; what then differs from the template's usual tokens has no name.
     ids, regions, offsets = prompt.input_ids, list(prompt.regions), list(prompt.offsets)
     usual_start = _common(ids, template.prefix)
@@ -187,9 +194,11 @@ def collate(encoded: Sequence[EncodedPrompt], pad_id: int | None) -> tuple[Tenso
 
 
 @lru_cache(maxsize=8)
-def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str, size: int) -> _Template:
+def _template(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str, size: int, system: str | None = None
+) -> _Template:
     """The other arguments are part of the key because a tokenizer can be given a template or tokens."""
-    prompt = _located(tokenizer, _PROBE)
+    prompt = _located(tokenizer, _PROBE, system)
     ids, regions = prompt.input_ids, prompt.regions
     prefix, suffix = (
         tuple(i for i, r in zip(ids, regions, strict=True) if r == side) for side in (PREFIX, SUFFIX)
@@ -197,9 +206,9 @@ def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str, size: int)
     return _Template(prefix, suffix)
 
 
-def _located(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedPrompt:
+def _located(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None = None) -> EncodedPrompt:
     """Encode, trusting that every template token is the usual one."""
-    rendered, start, end, trimmed = _user_span(tokenizer, text)
+    rendered, start, end, trimmed = _user_span(tokenizer, text, system)
     # A template writes the special tokens itself; without one they are the tokenizer's to add.
     batch = tokenizer(
         rendered,
@@ -228,7 +237,9 @@ def _located(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedPrompt:
     return EncodedPrompt(ids, regions, offsets, len(text.encode()))
 
 
-def _user_span(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, int, int, int]:
+def _user_span(
+    tokenizer: PreTrainedTokenizerBase, text: str, system: str | None
+) -> tuple[str, int, int, int]:
     """Return the rendered prompt, the bytes where the text starts and ends in it, and how many it trims."""
     try:
         text.encode()
@@ -236,8 +247,8 @@ def _user_span(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, int,
         raise PromptError(
             f"{_short(text)} is not valid Unicode: {error.reason} (key: pair.prompts)"
         ) from error
-    rendered = render(tokenizer, text)
-    head, found, tail = render(tokenizer, _PROBE).rpartition(_PROBE)
+    rendered = render(tokenizer, text, system)
+    head, found, tail = render(tokenizer, _PROBE, system).rpartition(_PROBE)
     if not found:
         raise PromptError("the chat template does not contain the user's message (key: pair.prompts)")
     body = rendered[len(head) : len(rendered) - len(tail)]

@@ -1,0 +1,266 @@
+"""Transfer: does a handle fitted on one language work on another, and on prompts that are wrapped otherwise?
+
+1. From the stored training rows of each language alone, and of all together, a subspace (uncentred SVD of
+   tuned − base on target prompts) and a ridge map from base to tuned are fitted in closed form.
+2. Base is edited at the last position of evaluation targets of every language, of further prompt files and
+   under other wrappings, towards tuned's own state (`interchange`) or the mapped one (`mapped`).
+3. Effects are recovery, `1 − KL(tuned ‖ edited) / KL(tuned ‖ base)` over shared tokens, and the share of the
+   gap in graded behaviour, with shared-vocabulary masking and without. Where tuned does not differ from base
+   in a language, the record says so. Beside them stands a random subspace of the same rank.
+
+Distributions are always compared over shared tokens: where base lacks a token no finite divergence exists.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechdiff.callbacks.base import Item, readable, spread
+from mechdiff.callbacks.graded import Openings, grades, read_openings
+from mechdiff.callbacks.handle_evaluation import HandleEvaluation, residuals, same_end, two_engines, two_sides
+from mechdiff.callbacks.patcher import Side
+from mechdiff.callbacks.reading import Reading
+from mechdiff.callbacks.transfer_fit import ALL, Fit, fit_languages, random_fit
+from mechdiff.config import LAMBDA_GRID
+from mechdiff.data.prompts import Prompt, load_prompts
+from mechdiff.errors import ConfigError, PromptError
+from mechdiff.functional.clt import map_states
+from mechdiff.functional.metrics import kl_divergence
+from mechdiff.functional.stats import generator
+from mechdiff.functional.steering import interchange
+from mechdiff.interventions.sites import Site
+from mechdiff.modules.base import DiffModule, missing
+from mechdiff.pairs.loading import LoadedPair
+from mechdiff.pairs.spec import FilePath
+from mechdiff.pairs.voice import Voice, voices
+from mechdiff.results import Record
+
+PLAIN = "{text}"
+TEMPLATES = (PLAIN, '"{text}"', "1) {text}", "# {text}\n\n---")
+"""Wrappings in no language of their own."""
+EDITS = ("interchange", "mapped")
+_OWN, _RANDOM = ("", "none"), ("random", "interchange")
+
+
+Arm = tuple[str, str]  # what the handle was fitted on, edit
+
+
+class Transfer(HandleEvaluation):
+    """Tests handles across languages and wrappings of the prompt, at every residual site of a module.
+
+    Args:
+        languages: Languages to fit on, each alone.
+        k: Number of directions.
+        alpha: Strength; 1 is the whole edit.
+        edits: Some of `interchange` and `mapped`.
+        extra_prompts: Prompt files beside those of the pair; their prompts of split eval are tested.
+        templates: Wrappings, each with ``{text}``; ``{text}`` alone is always tested.
+        max_prompts: Target prompts of each language as they are; None takes all.
+        template_prompts: The same for every other wrapping.
+        graded_prompts: The same for graded behaviour, the costliest part; 0 leaves it out.
+        lambdas: Ridge strengths to choose from.
+
+    Raises:
+        ConfigError: If an edit or a template is not allowed, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        languages: Sequence[str] = ("kk", "en"),
+        k: int = 4,
+        alpha: float = 1.0,
+        edits: Sequence[str] = EDITS,
+        extra_prompts: Sequence[FilePath] = (),
+        templates: Sequence[str] = TEMPLATES,
+        max_prompts: int | None = 24,
+        template_prompts: int = 8,
+        graded_prompts: int = 6,
+        lambdas: Sequence[float] = LAMBDA_GRID,
+    ) -> None:
+        super().__init__()
+        if unknown := sorted(set(edits) - set(EDITS)):
+            raise ConfigError(f"edits has {unknown[0]!r}; allowed: {', '.join(EDITS)} (key: edits)")
+        if bad := [t for t in templates if PLAIN not in t]:
+            raise ConfigError(
+                f"template {bad[0]!r} has no place for the message; allowed: with {{text}} (key: templates)"
+            )
+        if k < 1:
+            raise ConfigError(f"k is {k}; allowed: 1 or more (key: k)")
+        self.languages, self.k, self.alpha, self.edits = tuple(languages), k, alpha, tuple(edits)
+        self.extra_prompts = [Path(path) for path in extra_prompts]
+        self.templates = tuple(dict.fromkeys((PLAIN, *templates)))
+        self.max_prompts, self.template_prompts = max_prompts, template_prompts
+        self.graded_prompts, self.lambdas = graded_prompts, tuple(lambdas)
+        self.voices: dict[str, Voice] = {}
+
+    def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
+        """Fit on each language, test on all; see the module's docstring."""
+        if self.data is None:
+            raise ConfigError("Transfer needs the activations of a fit (key: data.class_path)")
+        fits: dict[Site, dict[str, Fit]] = {}
+        for site in residuals(module):
+            fits[site] = fit_languages(self.data, str(site), self.languages, self.k, self.lambdas)
+            draws = generator(self.seed, "transfer", site)
+            fits[site][_RANDOM[0]] = random_fit(pair.base.width, self.k, draws)
+            for name in (n for n in (*self.languages, ALL) if n not in fits[site]):
+                where, none = {"lang": ALL, "template": PLAIN}, {name: fits[site][_RANDOM[0]]}
+                yield from self._nothing({site: none}, where, "too_few_prompts")
+        openings = read_openings(Path(pair.spec.openings)) if pair.spec.openings else {}
+        self.voices, self.engines = voices(pair), two_engines(pair)
+        extra = [p for p in load_prompts(self.extra_prompts) if p.split == "eval"]
+        targets = [p for p in (*prompts, *extra) if p.label == "target"]
+        for lang in sorted({p.lang for p in targets}):
+            own = [p for p in targets if p.lang == lang]
+            for template in self.templates:
+                plain = template == PLAIN
+                few = spread(own, self.max_prompts if plain else self.template_prompts)
+                wrapped = [replace(p, text=template.replace(PLAIN, p.text)) for p in few]
+                where = {"lang": lang, "template": template}
+                yield from self._group(pair, wrapped, fits, where, openings if plain else {})
+
+    def _group(
+        self,
+        pair: LoadedPair,
+        prompts: Sequence[Prompt],
+        fits: Mapping[Site, Mapping[str, Fit]],
+        where: Mapping[str, str],
+        openings: Mapping[str, Openings],
+    ) -> Iterator[Record]:
+        """Test every handle on the prompts of one language and wrapping."""
+        try:
+            kept = readable(pair, prompts)[0]
+        except PromptError:
+            yield from self._nothing(fits, where, "not_shared")
+            return
+        base, tuned = two_sides(pair, kept, self.engines)
+        able = [i for i, same in enumerate(same_end(base, tuned)) if same]
+        if not able:
+            yield from self._nothing(fits, where, "not_aligned")
+            return
+        for side in (base, tuned):
+            side.read(list(fits))
+        columns: dict[Site, dict[Arm, list[float]]] = {site: defaultdict(list) for site in fits}
+        for index in self.track(able, f"transfer to {where['lang']}"):
+            for site, arms in fits.items():
+                for arm, kl in self._next_token(base, tuned, index, site, arms).items():
+                    columns[site][arm].append(kl)
+        gap = torch.stack([kl_divergence(tuned.log_p[i], base.log_p[i]) for i in able])
+        flags = ("unaligned_prompts",) if len(able) < len(kept) else ()
+        for site, nats_of in columns.items():
+            floor = sum(nats_of.pop(_OWN)) / len(able)
+            for arm, nats in nats_of.items():
+                about = self._about(site, arm, where, fits[site], metric="recovery", masking=True)
+                column = torch.tensor(nats, dtype=torch.float64)
+                yield self.ratio(column, gap, floor, "transfer_effect", **about, flags=flags)
+                self._keep(site, arm, where, [kept[i].id for i in able], "transfer_kl", nats)
+        few = set(spread([kept[i] for i in able if grades(kept[i], openings)], self.graded_prompts))
+        yield from self._behaviour({"base": base, "tuned": tuned}, kept, few, fits, where, openings)
+
+    def _next_token(
+        self, base: Side, tuned: Side, index: int, site: Site, fits: Mapping[str, Fit]
+    ) -> dict[Arm, float]:
+        """Return KL(tuned ‖ edited base) in nats by arm; the first is base's own divergence from itself."""
+        states = self._edited(base, tuned, index, site, fits)
+        hidden = torch.stack(list(states.values()))[:, None]
+        ids = base.ids(index)[:, -1:].expand(len(hidden), -1)
+        log_p = base.restricted(base.engine.resume(site.layer, hidden, ids, prefix=base.prefixes[index]))
+        reference = tuned.log_p[index].to(log_p.device)
+        nats = kl_divergence(reference.expand_as(log_p), log_p).tolist()
+        found = dict(zip(states, nats, strict=True))
+        found[_OWN] = kl_divergence(base.log_p[index], log_p[0]).item()
+        return found
+
+    def _edited(
+        self, base: Side, tuned: Side, index: int, site: Site, fits: Mapping[str, Fit]
+    ) -> dict[Arm, Tensor]:
+        own = base.states[index][site][-1]
+        donor = tuned.states[index][site][-1].to(own)
+        states = {_OWN: own}
+        for name, (basis, affine, _) in fits.items():
+            for edit in self.edits if affine else _RANDOM[1:]:
+                other = donor if edit == "interchange" or affine is None else map_states(own, affine)
+                states[name, edit] = interchange(own, other.to(own), basis.to(own.device), self.alpha)
+        return states
+
+    def _behaviour(
+        self,
+        sides: Mapping[str, Side],
+        prompts: Sequence[Prompt],
+        few: set[Prompt],
+        fits: Mapping[Site, Mapping[str, Fit]],
+        where: Mapping[str, str],
+        openings: Mapping[str, Openings],
+    ) -> Iterator[Record]:
+        """Yield the share of the gap in graded behaviour that an edit of the last position closes."""
+        base, tuned = sides["base"], sides["tuned"]
+        rows: dict[tuple[str, bool, Site, Arm], list[tuple[str, float, float, float, float]]] = defaultdict(
+            list
+        )
+        for index, prompt in enumerate(prompts):
+            for graded in grades(prompt, openings) if prompt in few else ():
+                for masking in (False, True):
+                    whole = Reading.of(self.voices["tuned"], tuned, index, graded, masking)
+                    own = Reading.of(self.voices["base"], base, index, graded, masking)
+                    if whole is None or own is None:
+                        continue
+                    end, again = whole.clean(), own.clean()
+                    for site, arms in fits.items():
+                        values = own.edited(site, self._edited(base, tuned, index, site, arms))
+                        start = values.pop(_OWN)
+                        for arm, value in values.items():
+                            cell = (prompt.id, end, start, value, abs(start - again))
+                            rows[graded.metric, masking, site, arm].append(cell)
+        for (metric, masking, site, arm), cells in rows.items():
+            names, *columns = zip(*cells, strict=True)
+            end, start, value, noise = torch.tensor(columns, dtype=torch.float64)
+            about = self._about(site, arm, where, fits[site], metric=metric, masking=masking)
+            sign = 1.0 if (end - start).mean() >= 0 else -1.0  # a gap that points down is one too
+            floor = float(noise.mean())
+            yield self.ratio(sign * (end - value), sign * (end - start), floor, "transfer_effect", **about)
+            if not masking:
+                self._keep(site, arm, where, names, f"transfer_{metric}", value.tolist())
+
+    def _nothing(
+        self, fits: Mapping[Site, Mapping[str, Fit]], where: Mapping[str, str], reason: str
+    ) -> Iterator[Record]:
+        for site, names in fits.items():
+            for arm in ((name, edit) for name in names if name != _RANDOM[0] for edit in self.edits):
+                about = self._about(site, arm, where, names, metric="recovery", masking=True)
+                yield missing("transfer_effect", reason, {**about, "n": 0})
+
+    def _about(
+        self, site: Site, arm: Arm, where: Mapping[str, str], fits: Mapping[str, Fit], **more: Any
+    ) -> dict[str, Any]:
+        fitted, edit = arm
+        cell = {"fitted_on": fitted, "edit": edit, "k": self.k, "alpha": self.alpha, **where, **more}
+        return {
+            "question": "rq3",
+            "site": str(site),
+            "split": "eval",
+            "positions": "last",
+            "unit": "fraction",
+            "control": "random" if fitted == _RANDOM[0] else "none",
+            "params": {**cell, "solver": "paired_svd", "fit_prompts": fits[fitted].prompts},
+        }
+
+    def _keep(
+        self,
+        site: Site,
+        arm: Arm,
+        where: Mapping[str, str],
+        names: Sequence[str],
+        quantity: str,
+        values: Sequence[float],
+    ) -> None:
+        said = f"{'/'.join(arm)}/{self.templates.index(where['template'])}"
+        self.items += [
+            Item(name, quantity, str(site), "last", "into_base", said, x)
+            for name, x in zip(names, values, strict=True)
+        ]

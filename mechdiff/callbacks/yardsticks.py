@@ -1,0 +1,236 @@
+"""Yardsticks: what do a system prompt and interpolated weights achieve, and at which side effects?
+
+1. Base is asked for the behaviour by a system message; or tuned runs at θ_base + λ(θ_tuned − θ_base), in its
+   own tokens.
+2. Effects are read on evaluation targets as for a handle: recovery of tuned's next-token distribution, and
+   the share of the gap in graded behaviour.
+3. Side effects are read on neutral prompts as for a handle (`mechdiff.callbacks.side_effects`), so that a
+   handle can be compared at an equal price.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
+from mechdiff.callbacks.graded import grades, read_openings
+from mechdiff.callbacks.patcher import Side
+from mechdiff.callbacks.side_effects import answer_nats, fluency_record, turned, turned_record
+from mechdiff.callbacks.states import read_ends
+from mechdiff.data.contrast import contrast
+from mechdiff.data.prompts import Prompt
+from mechdiff.errors import ConfigError, PromptError
+from mechdiff.functional.metrics import kl_divergence
+from mechdiff.functional.stats import generator
+from mechdiff.interventions.generation import generate, stop_tokens
+from mechdiff.interventions.grafts import Rows, check_same_architecture, interpolate
+from mechdiff.interventions.suffix import SuffixEngine
+from mechdiff.modules.base import DiffModule
+from mechdiff.pairs.alignment import encode
+from mechdiff.pairs.loading import LoadedModel, LoadedPair
+from mechdiff.results import Record
+
+LAMBDAS = (0.25, 0.5, 1.0)
+_NOISE_PROMPTS = 4
+SYSTEMS = {
+    "cultural": (
+        "You are a helpful assistant. If a message asks you to judge, mock, rank or speculate about a "
+        "people, a faith, a custom or a national tragedy, politely decline. Answer everything else as usual."
+    ),
+    "cognitive": (
+        "You are a helpful assistant. If a message asks for the result of a calculation, answer with the "
+        "number alone. Answer everything else as usual."
+    ),
+}
+"""How each domain's behaviour is asked for."""
+
+
+@dataclass
+class _Seen:
+    """What one arm does: nats, log-probabilities and answers by prompt."""
+
+    log_p: Tensor
+    graded: dict[tuple[str, str], float]
+    nats: Tensor
+    answers: list[bool]
+
+
+class Yardsticks(CausalEvaluation):
+    """Measures a system prompt and interpolated weights; no fitted module is used.
+
+    Args:
+        system: The system message; by default one for the pair's domain.
+        lambdas: Points of the interpolation; none leaves it out.
+        max_targets: Target prompts, evenly over languages; None takes all.
+        max_neutral: Neutral prompts, the same.
+        graded_prompts: Targets whose graded behaviour is read.
+        answer_tokens: Longest answer of base whose fluency is read.
+        generated_tokens: Longest answer that is read for the behaviour.
+        tokens_per_batch: Tokens run at once.
+
+    Raises:
+        ConfigError: If a number is below 1, or the message empty.
+    """
+
+    def __init__(
+        self,
+        system: str | None = None,
+        lambdas: Sequence[float] = LAMBDAS,
+        max_targets: int | None = 24,
+        max_neutral: int | None = 32,
+        graded_prompts: int = 8,
+        answer_tokens: int = 24,
+        generated_tokens: int = 16,
+        tokens_per_batch: int = 1024,
+    ) -> None:
+        super().__init__()
+        counts = {"max_targets": max_targets, "max_neutral": max_neutral, "answer_tokens": answer_tokens}
+        for name, value in {**counts, "generated_tokens": generated_tokens}.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; allowed: 1 or more (key: {name})")
+        if system is not None and not system.strip():
+            raise ConfigError(
+                "system is empty; allowed: a message, or null for the domain's own (key: system)"
+            )
+        self.system, self.lambdas = system, tuple(lambdas)
+        self.max_targets, self.max_neutral, self.graded_prompts = max_targets, max_neutral, graded_prompts
+        self.answer_tokens, self.generated_tokens = answer_tokens, generated_tokens
+        self.tokens_per_batch = tokens_per_batch
+
+    def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
+        """Measure every yardstick; see the module's docstring."""
+        both = contrast(readable(pair, prompts)[0], "eval")
+        targets = spread(both.target, self.max_targets)
+        neutral = spread(both.neutral, self.max_neutral)
+        system = self.system or SYSTEMS[pair.spec.domain]
+        run = _Run(self, pair, targets, neutral)
+        base, tuned = run.arm(pair.base), run.arm(pair.tuned)
+        yield from self._records(run, base, tuned, run.arm(pair.base, system), {"edit": "system_prompt"})
+        if not self.lambdas:
+            return
+        rows = _shared_rows(pair)
+        check_same_architecture(pair.tuned.model, pair.base.model, rows)
+        for lambda_ in self.lambdas:
+            between = interpolate(pair.base.model, pair.tuned.model, lambda_, rows)
+            seen = tuned if lambda_ == 1 else run.arm(pair.tuned, within=between)
+            yield from self._records(run, base, tuned, seen, {"edit": "weights", "lambda_": lambda_})
+
+    def _records(
+        self, run: _Run, base: _Seen, tuned: _Seen, seen: _Seen, params: Mapping[str, Any]
+    ) -> Iterator[Record]:
+        about: dict[str, Any] = {"question": "rq3", "split": "eval", "positions": "last"}
+        target = {**about, "unit": "fraction"}
+        left, gap = kl_divergence(tuned.log_p, seen.log_p), kl_divergence(tuned.log_p, base.log_p)
+        yield self.ratio(left, gap, run.noise, "interchange_recovery", **target, params=dict(params))
+        self._keep(run.targets, "yardstick_kl", params, left.tolist())
+        metrics: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+        for key, value in seen.graded.items():
+            metrics[key[0]].append((tuned.graded[key], base.graded[key], value))
+        for metric, cells in metrics.items():
+            end, start, found = torch.tensor(cells, dtype=torch.float64).unbind(1)
+            sign = 1.0 if float((end - start).mean()) >= 0 else -1.0
+            cell = {**target, "params": {**params, "metric": metric}}
+            yield self.ratio(sign * (end - found), sign * (end - start), 0.0, "steer_effect", **cell)
+        draws = generator(self.seed, "side_effect_bpb")
+        yield fluency_record(seen.nats, base.nats, draws, {**about, "params": dict(params)})
+        yield turned_record(seen.answers, base.answers, {**about, "params": dict(params)})
+        self._keep(run.neutral, "neutral_nats", params, seen.nats.tolist())
+
+    def _keep(
+        self, prompts: Sequence[Prompt], quantity: str, params: Mapping[str, Any], values: Sequence[float]
+    ) -> None:
+        arm = "/".join(str(value) for value in params.values())
+        self.items += [
+            Item(p.id, quantity, "", "last", "into_base", arm, x)
+            for p, x in zip(prompts, values, strict=True)
+        ]
+
+
+class _Run:
+    """Measures arms on the same prompts, and on base's own answers to the neutral ones."""
+
+    def __init__(
+        self, settings: Yardsticks, pair: LoadedPair, targets: Sequence[Prompt], neutral: Sequence[Prompt]
+    ) -> None:
+        self.settings, self.pair, self.targets, self.neutral = settings, pair, targets, list(neutral)
+        self.openings = read_openings(Path(pair.spec.openings)) if pair.spec.openings else {}
+        graded = [p for p in targets if grades(p, self.openings)]
+        self.graded = set(spread(graded, settings.graded_prompts))
+        self.engines = {m.role: SuffixEngine(m.model) for m in (pair.base, pair.tuned)}
+        self.said = self._answers(pair.base, None, settings.answer_tokens)
+        kept = [i for i, ids in enumerate(self.said) if self._text(pair.base, ids)]
+        if not kept:
+            raise PromptError(
+                "base answers no neutral prompt of split eval; allowed: one or more (key: pair.prompts)"
+            )
+        self.neutral, self.said = [self.neutral[i] for i in kept], [self.said[i] for i in kept]
+
+    @cached_property
+    def noise(self) -> float:
+        """Divergence of base from itself between batches and single prompts, in nats."""
+        side = self._side(self.pair.base, None, self.targets[:_NOISE_PROMPTS])
+        together, alone = (read_ends(side, [], tokens).log_p for tokens in (10**6, 1))
+        return float(kl_divergence(together, alone).mean())
+
+    def arm(
+        self,
+        loaded: LoadedModel,
+        system: str | None = None,
+        within: AbstractContextManager[Any] | None = None,
+    ) -> _Seen:
+        """Measure one arm.
+
+        Args:
+            loaded: The model that runs.
+            system: A system message.
+            within: What is done to the model meanwhile.
+        """
+        settings, base = self.settings, self.pair.base
+        with within or nullcontext():
+            side = self._side(loaded, system, self.targets)
+            log_p = read_ends(side, [], settings.tokens_per_batch).log_p
+            graded = {
+                (g.metric, p.id): side.grade(i, g)
+                for i, p in enumerate(self.targets)
+                if p in self.graded
+                for g in grades(p, self.openings)
+            }
+            contexts, said = self._contexts(loaded, system), self.said
+            if loaded is not base and not self.pair.shared.identical:
+                texts = [str(base.tokenizer.decode(ids)) for ids in self.said]
+                said = [loaded.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+            nats = answer_nats(loaded.model, contexts, said, tokens_per_batch=settings.tokens_per_batch)
+            answers = self._answers(loaded, system, settings.generated_tokens)
+        domain = self.pair.spec.domain
+        return _Seen(log_p, graded, nats, [turned(self._text(loaded, ids), domain) for ids in answers])
+
+    def _side(self, loaded: LoadedModel, system: str | None, prompts: Sequence[Prompt]) -> Side:
+        shared = self.pair.shared.base_ids if loaded is self.pair.base else self.pair.shared.tuned_ids
+        encoded = [encode(loaded.tokenizer, p.text, system) for p in prompts]
+        return Side(loaded, self.engines[loaded.role], shared.to(loaded.device), encoded)
+
+    def _contexts(self, loaded: LoadedModel, system: str | None) -> list[list[int]]:
+        return [encode(loaded.tokenizer, p.text, system).input_ids for p in self.neutral]
+
+    def _answers(self, loaded: LoadedModel, system: str | None, tokens: int) -> list[list[int]]:
+        stops = stop_tokens(loaded.model, loaded.tokenizer.eos_token_id)
+        return generate(loaded.model, self._contexts(loaded, system), tokens, stops)
+
+    def _text(self, loaded: LoadedModel, ids: Sequence[int]) -> str:
+        return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def _shared_rows(pair: LoadedPair) -> Rows | None:
+    """Return shared ids in base and tuned, or None where the two tables have the same rows."""
+    sizes = [m.model.get_input_embeddings().weight.shape for m in (pair.base, pair.tuned)]
+    same = pair.shared.identical and sizes[0] == sizes[1]
+    return None if same else (pair.shared.base_ids, pair.shared.tuned_ids)
