@@ -14,7 +14,9 @@ from mechdiff.reporting.divergence import (
     plot_layer_patch,
 )
 from mechdiff.reporting.grafts import plot_graft_bars
+from mechdiff.reporting.handles import plot_head_paths, plot_monitor, plot_transfer_matrix
 from mechdiff.reporting.plotting import plot_clt_bars, plot_patch_bars
+from mechdiff.reporting.steering import EDITS, plot_alpha_curves, plot_effect_vs_k
 from mechdiff.results import Results
 
 Plot = Callable[..., Figure]
@@ -38,6 +40,23 @@ FIGURES: dict[str, tuple[str, Plot, list[dict[str, Any]]]] = {
         [{"quantity": "patch_recovery", "model": "pair", "positions": where} for where in ("last", "all")],
     ),
     "grafts": ("grafts.png", plot_graft_bars, [{"quantity": "graft_recovery", "component": "block.0"}]),
+    "effect_vs_k": (
+        "effect_vs_k.png",
+        plot_effect_vs_k,
+        [{"quantity": "interchange_recovery", "split": "eval", "edit": edit} for edit in EDITS],
+    ),
+    "alpha_curves": (
+        "alpha_curves.png",
+        plot_alpha_curves,
+        [{"quantity": "interchange_recovery", "split": "dev", "edit": "interchange", "alpha": 0.5}],
+    ),
+    "transfer": ("transfer.png", plot_transfer_matrix, [{"quantity": "transfer_effect"}]),
+    "monitor": ("monitor.png", plot_monitor, [{"quantity": "probe_auroc"}]),
+    "head_paths": (
+        "head_paths.png",
+        plot_head_paths,
+        [{"quantity": "head_path_effect", "metric": "projection", "mode": "swap"}],
+    ),
     "behaviour": ("behaviour.png", plot_behaviour_bars, [{"quantity": "refusal_rate", "model": "base"}]),
 }
 """Name of a figure, its file, what draws it, and the records of which it needs some."""
