@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
+from mechdiff.callbacks.base import CausalEvaluation, Item, spread
 from mechdiff.callbacks.choices import chosen, solved
 from mechdiff.callbacks.graded import Openings, read_openings
 from mechdiff.callbacks.observations import Observation, records
@@ -75,7 +75,12 @@ class Behaviour(CausalEvaluation):
         """Measure every model; see the module's docstring."""
         benchmarks = self._benchmarks(pair)
         openings = read_openings(Path(pair.spec.openings)) if pair.spec.openings else {}
-        kept = self._kept(pair, prompts)
+        kept, report = self.kept(pair, prompts)
+        if report.kept < report.total:
+            log.warning(
+                "kept %d of %d prompts: the others have too few shared tokens", report.kept, report.total
+            )
+        kept = _evenly(kept, self.max_prompts)
         observed = {}
         for role, voice in voices(pair).items():
             observed[role] = list(self._observe(voice, kept, openings, benchmarks))
@@ -149,15 +154,6 @@ class Behaviour(CausalEvaluation):
             name: [permute_options(i, self.seed) if self.permute and i.options else i for i in data.items]
             for name, data in found.items()
         }
-
-    def _kept(self, pair: LoadedPair, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Take prompts that both models can read, evenly over languages and classes."""
-        kept, report = readable(pair, prompts)
-        if report.kept < report.total:
-            log.warning(
-                "kept %d of %d prompts: the others have too few shared tokens", report.kept, report.total
-            )
-        return _evenly(kept, self.max_prompts)
 
 
 def load_scorer(place: str) -> Scorer:

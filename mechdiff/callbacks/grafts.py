@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
+from mechdiff.callbacks.base import CausalEvaluation, Item, spread
 from mechdiff.callbacks.graded import grades, read_openings
 from mechdiff.callbacks.patcher import Side
 from mechdiff.data.prompts import Prompt
@@ -102,7 +102,7 @@ class Grafts(CausalEvaluation):
         """Graft in both directions; nothing fitted is used."""
         rows = _shared_rows(pair)
         check_same_architecture(pair.tuned.model, pair.base.model, rows)
-        kept = spread(readable(pair, prompts)[0], self.max_prompts)
+        kept = self.kept(pair, prompts, self.max_prompts)[0]
         base, tuned = (
             Side(m, SuffixEngine(m.model), ids.to(m.device), [encode(m.tokenizer, p.text) for p in kept])
             for m, ids in ((pair.base, pair.shared.base_ids), (pair.tuned, pair.shared.tuned_ids))

@@ -23,7 +23,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
+from mechdiff.callbacks.base import CausalEvaluation, Item, spread
 from mechdiff.callbacks.graded import Openings, grades, read_openings
 from mechdiff.callbacks.layer_patcher import LayerPatcher, wrong_site
 from mechdiff.callbacks.patcher import Direction, Side, Where
@@ -84,7 +84,7 @@ class LayerPatch(CausalEvaluation):
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
         """Patch every residual site of a module; see the module's docstring."""
-        kept = spread(readable(pair, prompts)[0], self.max_prompts)
+        kept = self.kept(pair, prompts, self.max_prompts)[0]
         ranking = module.ranking()
         sites = [site for site in map(Site.parse, module.sites) if site.component == "resid_post"]
         controlled = _proposed(sites, ranking)
@@ -139,7 +139,7 @@ class LayerPatch(CausalEvaluation):
         direction: Direction = "into_tuned" if recipient == "tuned" else "into_base"
         names = [p.id for p in prompts]
         return LayerPatcher(
-            module, a, b, aligned, direction, self.tokens_per_batch, controlled, names, self.seed
+            module, a, b, aligned, direction, self.tokens_per_batch, list(controlled), names, self.seed
         )
 
     def _measure(

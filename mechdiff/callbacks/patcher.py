@@ -26,7 +26,7 @@ from mechdiff.interventions.likelihood import Layout, lay_out, total_logprobs
 from mechdiff.interventions.sites import POSITIONS, Site
 from mechdiff.interventions.suffix import SuffixEngine, run_logits
 from mechdiff.modules.base import UNTOUCHED, DiffModule
-from mechdiff.pairs.alignment import PREFIX, SUFFIX, USER, Alignment, EncodedPrompt
+from mechdiff.pairs.alignment import PREFIX, SUFFIX, USER, Alignment, EncodedPrompt, common_start
 from mechdiff.pairs.fairness import lost_mass, restrict_logits
 from mechdiff.pairs.loading import LoadedModel
 
@@ -61,11 +61,7 @@ class Side:
     @property
     def fixed(self) -> int:
         """Number of leading template tokens that all prompts have in common."""
-        lengths = [
-            next((i for i, r in enumerate(e.regions) if r != PREFIX), len(e) - 1) for e in self.encoded
-        ]
-        length = min(lengths, default=0)
-        return length if len({tuple(e.input_ids[:length]) for e in self.encoded}) == 1 else 0
+        return common_start(self.encoded)
 
     def ids(self, index: int) -> Tensor:
         """Return the tokens of a prompt, ``(1, T)``."""
@@ -114,43 +110,44 @@ class Side:
                 self.lost.append(lost_mass(logits, self.shared).item())
 
 
+@dataclass(eq=False)
 class Patcher:
     """Patches one recipient.
 
-    Args:
+    Attributes:
         module: The maps.
         recipient: The model that is patched.
         donor: The other model.
         aligned: For each prompt, where recipient (a) and donor (b) are at the same place.
         direction: Which of the two the recipient is; it decides what is mapped.
         tokens_per_batch: Tokens run at once when all positions are patched.
-
-    Attributes:
         arms: What is done, by name.
         known: Groups of positions that can be patched.
         sites: Residual sites that are patched.
         where: Index into ``POSITIONS`` of each token of each prompt, ``(T,)``, or ``UNTOUCHED``.
     """
 
-    def __init__(
-        self,
-        module: DiffModule,
-        recipient: Side,
-        donor: Side,
-        aligned: Sequence[Alignment],
-        direction: Direction,
-        tokens_per_batch: int,
-    ) -> None:
-        self.module, self.recipient, self.donor, self.aligned = module, recipient, donor, aligned
-        self.direction, self.tokens_per_batch = direction, tokens_per_batch
-        whole = {"into_base": ["real"], "into_tuned": ["raw"]}[direction]
+    module: DiffModule
+    recipient: Side
+    donor: Side
+    aligned: Sequence[Alignment]
+    direction: Direction
+    tokens_per_batch: int
+    arms: list[str] = field(init=False)
+    known: list[str] = field(init=False)
+    sites: list[Site] = field(init=False)
+    where: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        module, recipient, donor = self.module, self.recipient, self.donor
+        whole = {"into_base": ["real"], "into_tuned": ["raw"]}[self.direction]
         equal = recipient.loaded.width == donor.loaded.width  # else a state does not fit as it is
         self.arms = [*(whole if equal else []), "mapped", *module.controls(), "self"]
         self.known = module.positions
         self.sites = [site for site in map(Site.parse, module.sites) if site.component == "resid_post"]
         self.where = [
             groups(pairs, mine, other)
-            for pairs, mine, other in zip(aligned, recipient.encoded, donor.encoded, strict=True)
+            for pairs, mine, other in zip(self.aligned, recipient.encoded, donor.encoded, strict=True)
         ]
 
     def patched(self, positions: Where) -> list[int]:
