@@ -2,7 +2,8 @@
 
 1. The prompts become a plan of batches and shards, the same for any number of processes.
 2. `Extractor` is what Lightning's predict runs: one forward per batch, ended after the highest wanted block;
-   `ActivationWriter` puts the rows on disk at once, so memory does not grow with the number of texts.
+   `ActivationWriter` puts the rows on disk at once, so memory does not grow with the number of texts. What
+   the template begins every prompt with is run once.
 3. `ensure_store` asks for what a store lacks and nothing else: sites are passes, committed shards are kept.
 """
 
@@ -12,12 +13,13 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
+import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,15 +29,18 @@ from mechdiff.data import prompts as prompt_files
 from mechdiff.data.manifest import MANIFEST, Contents, Example, StoreIdentity, passes
 from mechdiff.data.prompts import Prompt
 from mechdiff.data.store import DTYPES, ActivationStore
-from mechdiff.errors import ActivationError, ConfigError, StoreError
+from mechdiff.errors import ActivationError, ConfigError, StoreError, UsageError
 from mechdiff.extraction.plan import KEPT, Batch, Plan, PlannedBatches, encode_prompts
 from mechdiff.extraction.writer import ActivationWriter
 from mechdiff.interventions.hooks import record, stop_after
 from mechdiff.interventions.sites import Site, check_layers
+from mechdiff.interventions.suffix import prefill, run
 from mechdiff.pairs.alignment import template_tokens
 from mechdiff.pairs.tokenizers import digest, tokenizer_hashes
 
 if TYPE_CHECKING:
+    from transformers import DynamicCache
+
     from mechdiff.pairs.loading import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -97,6 +102,7 @@ class Extractor(L.LightningModule):
     ) -> None:
         super().__init__()
         self.source, self.sites, self.plan, self.writer, self.ids = source, sites, plan, writer, ids
+        self._prefix: DynamicCache | None = None
 
     def predict_dataloader(self) -> PlannedBatches:
         """Return the batches that this process has to run."""
@@ -105,7 +111,11 @@ class Extractor(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Move the model, which Lightning does not see, to this process's device."""
-        self.source.model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+        model = self.source.model
+        model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+        start = self.plan.encoded[0].input_ids[: self.plan.fixed]
+        with suppress(UsageError):  # one that keeps more than keys and values reads every prompt whole
+            self._prefix = prefill(model, torch.tensor([start], device=model.device)) if start else None
 
     def predict_step(self, batch: Batch) -> dict[Site, Tensor]:
         """Run one batch.
@@ -116,10 +126,12 @@ class Extractor(L.LightningModule):
         Raises:
             ActivationError: If one is NaN or infinite, naming the prompt and the site.
         """
-        model = self.source.model
+        model, start = self.source.model, 0 if self._prefix is None else self.plan.fixed
         text, token = batch.where.unbind(-1)
+        token = token - start
+        ids, mask = batch.input_ids[:, start:], batch.attention_mask[:, start:]
         with record(model, self.sites) as states, stop_after(model, max(site.layer for site in self.sites)):
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            run(model, ids, mask, prefix=self._prefix)
         dtype = DTYPES[self.writer.dtype]
         rows = {site: states[site][text, token].flatten(1).to(dtype).cpu() for site in self.sites}
         for site, values in rows.items():

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from mechdiff.data.prompts import Prompt
 from mechdiff.data.store import SUFFIX, USER, Rows
 from mechdiff.errors import PromptError
-from mechdiff.pairs.alignment import EncodedPrompt, collate, encode
+from mechdiff.pairs.alignment import EncodedPrompt, collate, common_start, encode
 
 KEPT = {"all": (USER, SUFFIX), "user": (USER,), "last": (USER, SUFFIX)}
 """Regions whose rows are kept under each rule; `last` keeps the final token only."""
@@ -76,12 +76,13 @@ class Plan:
 
     Attributes:
         shards: What to run.
+        fixed: Number of tokens that all prompts begin with; no row of theirs is kept.
     """
 
     def __init__(
         self, encoded: Sequence[EncodedPrompt], positions: str, tokens_per_batch: int, batches_per_shard: int
     ) -> None:
-        self.encoded = encoded
+        self.encoded, self.fixed = encoded, common_start(encoded)
         self.kept = [_kept(prompt, positions) for prompt in encoded]
         batches: list[list[int]] = []
         for example in sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids)):

@@ -82,6 +82,31 @@ def run_logits(
     prefix: DynamicCache | None = None,
 ) -> Tensor:
     """Run a whole model, its head at the wanted columns alone; arguments as in `SuffixEngine.resume`."""
+    logits: Tensor = run(model, input_ids, attention_mask, logits_at, prefix).logits
+    return logits[:, 0] if logits_at is None or logits_at.ndim == 1 else logits
+
+
+def run(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    logits_at: Tensor | None = None,
+    prefix: DynamicCache | None = None,
+    keep: bool = False,
+) -> Any:
+    """Do the same and return all that the model does: None if `stop_after` ended the pass.
+
+    Args:
+        model: The model.
+        input_ids: `(rows, T)`, padded on the right.
+        attention_mask: `(rows, T)`, or None when there is no padding.
+        logits_at: Columns to give logits for; None: the last.
+        prefix: Keys and values of what comes before.
+        keep: Return keys and values also where there is no prefix.
+
+    Raises:
+        UsageError: If shapes disagree or padding is not on the right.
+    """
     rows = input_ids.shape[0]
     if logits_at is None:
         logits_at = torch.full((rows,), input_ids.shape[1] - 1)
@@ -94,14 +119,32 @@ def run_logits(
     if attention_mask is not None and cache is not None:
         before = attention_mask.new_ones(rows, cache.get_seq_length())
         attention_mask = torch.cat([before, attention_mask], dim=1)
-    logits: Tensor = model(
+    return model(
         input_ids=input_ids,
         attention_mask=attention_mask,
         past_key_values=cache,
-        use_cache=cache is not None,
+        use_cache=keep or cache is not None,
         logits_to_keep=logits_at.reshape(rows, -1).to(input_ids.device),
-    ).logits
-    return logits[:, 0] if logits_at.ndim == 1 else logits
+    )
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, input_ids: Tensor) -> DynamicCache:
+    """Compute the keys and values of a prefix in every layer.
+
+    Args:
+        model: The model.
+        input_ids: `(rows, P)` without padding; one row serves any number of rows in `run_logits`.
+
+    Raises:
+        UsageError: If a layer keeps anything but keys and values (recurrent or linear attention).
+    """
+    cache: DynamicCache = run(model, input_ids, keep=True).past_key_values
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            name = type(model).__name__
+            raise UsageError(f"{name} keeps a {type(layer).__name__}; allowed: keys and values (key: pair)")
+    return cache
 
 
 class SuffixEngine:
@@ -133,24 +176,9 @@ class SuffixEngine:
             logits = run_logits(self.model, input_ids, attention_mask, logits_at)
         return CleanRun({site.layer: kept[site] for site in sites}, logits)
 
-    @torch.no_grad()
     def prefill(self, input_ids: Tensor) -> DynamicCache:
-        """Compute the keys and values of a prefix in every layer.
-
-        Args:
-            input_ids: `(rows, P)` without padding; one row serves any number of rows in `resume`.
-
-        Raises:
-            UsageError: If a layer keeps anything but keys and values (recurrent or linear attention).
-        """
-        cache = self.model(input_ids=input_ids, use_cache=True, logits_to_keep=1).past_key_values
-        for layer in cache.layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-                name = type(self.model).__name__
-                raise UsageError(
-                    f"{name} keeps a {type(layer).__name__}; allowed: keys and values (key: pair)"
-                )
-        return cache
+        """Compute the keys and values of a prefix; see the function of that name."""
+        return prefill(self.model, input_ids)
 
     def resume(
         self,

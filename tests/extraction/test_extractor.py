@@ -21,7 +21,7 @@ from mechdiff.extraction.plan import Plan, encode_prompts
 from mechdiff.extraction.writer import ActivationWriter
 from mechdiff.interventions.hooks import record
 from mechdiff.interventions.sites import Site
-from mechdiff.pairs.alignment import encode
+from mechdiff.pairs.alignment import common_start, encode
 from tests.extraction import job
 from tests.toys import SYSTEM, loaded, prompts
 
@@ -335,3 +335,23 @@ def test_layer_out_of_range(tmp_path):
     with pytest.raises(SiteError, match=r"site resid_post\.4 is out of range"):
         extract(tmp_path, ["resid_post.4"])
     assert not list(tmp_path.iterdir())
+
+
+def test_what_every_prompt_begins_with_is_run_once(tmp_path):
+    model, texts = loaded(template=SYSTEM, seed=7), prompts()
+    encoded = [encode(model.tokenizer, p.text) for p in texts]
+    start, seen = common_start(encoded), []
+    assert start > 5
+    handle = model.model.get_input_embeddings().register_forward_hook(
+        lambda _m, inputs, _o: seen.append(inputs[0].shape)
+    )
+    spec = dataclasses.replace(job.spec(str(tmp_path)), tokens_per_batch=1)  # no padding
+    store = extract(tmp_path, ["resid_post.2"], model, texts, spec=spec)
+    handle.remove()
+    assert seen[0] == (1, start)
+    assert sum(rows * length for rows, length in seen[1:]) == sum(len(e) - start for e in encoded)
+    with record(model.model, [Site(2)]) as states:
+        model.model(input_ids=torch.tensor([encoded[3].input_ids]))
+    rows = (store.rows.example == 3).nonzero().flatten()
+    whole = states[Site(2)][0, store.rows.position[rows]]
+    torch.testing.assert_close(store.read(Site(2), rows), whole, atol=1e-6, rtol=0)
