@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from mechdiff.callbacks.base import CausalEvaluation, Item, spread
-from mechdiff.callbacks.graded import Openings, grades, read_openings
+from mechdiff.callbacks.graded import Openings, read_openings
+from mechdiff.callbacks.layer_effects import effects
 from mechdiff.callbacks.layer_patcher import LayerPatcher, wrong_site
 from mechdiff.callbacks.patcher import Direction, Side, Where
 from mechdiff.data.prompts import Prompt
@@ -40,7 +41,6 @@ from mechdiff.pairs.voice import voices
 from mechdiff.results import Record
 
 WHERE: tuple[Where, ...] = get_args(Where)
-EFFECT_ARMS = ("raw", "other_prompt", "random")
 Columns = dict[int, dict[str, tuple[float, float]]]  # prompt → arm → nats from the donor, from the recipient
 
 
@@ -262,29 +262,20 @@ class LayerPatch(CausalEvaluation):
 
         They are those with controls, and beside them the patch where the effect enters.
         """
-        able = [prompts[i] for i in patcher.patched("last") if grades(prompts[i], openings)]
-        holding = {p for i, p in enumerate(prompts) if len(patcher.recipient.states[i]) >= len(patcher.sites)}
-        entered = {Site.parse(str(r.site)) for r in found if r.quantity == "patch_onset" and r.site}
-        changes: dict[tuple[Site, str, str, str], list[float]] = defaultdict(list)
-        for p in spread([p for p in able if p in holding], self.effect_prompts):
-            for graded in grades(p, openings):
-                for sites, arms in (
-                    (patcher.controlled, EFFECT_ARMS),
-                    (sorted(entered - set(patcher.controlled)), EFFECT_ARMS[:1]),
-                ):
-                    for site, nats in patcher.graded(prompts.index(p), graded, sites, arms):
-                        for arm in arms:
-                            change = nats[arm] - nats["self"]
-                            changes[site, graded.metric, p.label, arm].append(change)
-                            about = (str(site), "last", patcher.direction, f"{arm}:{graded.metric}")
-                            self.items.append(Item(p.id, "patch_effect", *about, change))
-        for (site, metric, label, arm), values in sorted(changes.items()):
+        entered = [Site.parse(str(r.site)) for r in found if r.quantity == "patch_onset" and r.site]
+        where = [w for w in WHERE if any(r.positions == w for r in found)]
+        changes: dict[tuple[Site, Where, str, str, str], list[float]] = defaultdict(list)
+        for e in effects(prompts, patcher, openings, entered, where, self.effect_prompts):
+            changes[e.site, e.positions, e.metric, e.prompt.label, e.arm].append(e.change)
+            about = (str(e.site), e.positions, patcher.direction, f"{e.arm}:{e.metric}")
+            self.items.append(Item(e.prompt.id, "patch_effect", *about, e.change))
+        for (site, positions, metric, label, arm), values in sorted(changes.items()):
             yield self.mean(
                 torch.tensor(values),
                 "patch_effect",
                 question="rq1",
                 site=str(site),
-                positions="last",
+                positions=positions,
                 split="eval",
                 unit="nats",
                 control="none" if arm == "raw" else arm,

@@ -129,17 +129,18 @@ def run(
 
 
 @torch.no_grad()
-def prefill(model: nn.Module, input_ids: Tensor) -> DynamicCache:
+def prefill(model: nn.Module, input_ids: Tensor, prefix: DynamicCache | None = None) -> DynamicCache:
     """Compute the keys and values of a prefix in every layer.
 
     Args:
         model: The model.
         input_ids: `(rows, P)` without padding; one row serves any number of rows in `run_logits`.
+        prefix: Those of what comes before, which are not computed again.
 
     Raises:
         UsageError: If a layer keeps anything but keys and values (recurrent or linear attention).
     """
-    cache: DynamicCache = run(model, input_ids, keep=True).past_key_values
+    cache: DynamicCache = run(model, input_ids, prefix=prefix, keep=True).past_key_values
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             name = type(model).__name__
@@ -176,9 +177,24 @@ class SuffixEngine:
             logits = run_logits(self.model, input_ids, attention_mask, logits_at)
         return CleanRun({site.layer: kept[site] for site in sites}, logits)
 
-    def prefill(self, input_ids: Tensor) -> DynamicCache:
+    def prefill(self, input_ids: Tensor, prefix: DynamicCache | None = None) -> DynamicCache:
         """Compute the keys and values of a prefix; see the function of that name."""
-        return prefill(self.model, input_ids)
+        return prefill(self.model, input_ids, prefix)
+
+    @torch.no_grad()
+    def prefill_from(self, layer: int, hidden: Tensor, input_ids: Tensor, own: DynamicCache) -> DynamicCache:
+        """Compute the keys and values of a prefix whose residual after one block is another.
+
+        Args:
+            layer: The block whose output is replaced.
+            hidden: That output, `(rows, P, d_model)`, from the first token on.
+            input_ids: `(rows, P)` without padding.
+            own: From `prefill` of the same tokens; what it holds up to `layer` is kept.
+        """
+        above = prefill(self._view(layer, hidden), input_ids)
+        mixed = copy.copy(own)
+        mixed.layers = [*own.layers[: layer + 1], *above.layers[layer + 1 :]]
+        return mixed
 
     def resume(
         self,
