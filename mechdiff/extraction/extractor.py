@@ -175,9 +175,8 @@ class Extractor(L.LightningModule):
         tokens = sum(shard.tokens for part in self.dealt for shard in part)
         uneven = max(shares) * len(shares) / max(sum(shares), 1) - 1
         return (
-            f"{self.source.role}: {tokens} tokens in {seconds:.3f} s on {len(shares)} "
-            f"{'process' if len(shares) == 1 else 'processes'}, {tokens / seconds:.0f} tokens/s; the busiest "
-            f"had {max(uneven, 0):.2%} more than the mean"
+            f"{self.source.role}: {tokens} tokens in {seconds:.3f} s by {len(shares)}, "
+            f"{tokens / seconds:.0f} tokens/s; the busiest had {max(uneven, 0):.2%} more than the mean"
         )
 
 

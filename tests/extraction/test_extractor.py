@@ -305,7 +305,7 @@ def test_it_says_how_fast_and_how_evenly(tmp_path, caplog):
     model = loaded()
     tokens = sum(len(encode(model.tokenizer, p.text)) for p in prompts())
     assert f"base: {tokens} tokens in " in caplog.text
-    assert "on 1 process, " in caplog.text
+    assert " s by 1, " in caplog.text
     assert "the busiest had 0.00% more than the mean" in caplog.text
 
 
