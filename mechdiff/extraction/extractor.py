@@ -2,8 +2,9 @@
 
 1. The prompts become a plan of batches and shards, the same for any number of processes.
 2. `Extractor` is what Lightning's predict runs: one forward per batch, ended after the highest wanted block;
-   `ActivationWriter` puts the rows on disk at once, so memory does not grow with the number of texts. What
-   the template begins every prompt with is run once.
+   `ActivationWriter` puts the rows on disk while the next batch is computed, so that neither waits for the
+   other and memory does not grow with the number of texts. What the template begins every prompt with is run
+   once.
 3. `ensure_store` asks for what a store lacks and nothing else: sites are passes, committed shards are kept.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,8 +32,9 @@ from mechdiff.data.manifest import MANIFEST, Contents, Example, StoreIdentity, p
 from mechdiff.data.prompts import Prompt
 from mechdiff.data.store import DTYPES, ActivationStore
 from mechdiff.errors import ActivationError, ConfigError, StoreError, UsageError
-from mechdiff.extraction.plan import KEPT, Batch, Plan, PlannedBatches, encode_prompts
-from mechdiff.extraction.writer import ActivationWriter
+from mechdiff.extraction.plan import KEPT, Batch, Plan, PlannedBatches, PlannedShard, deal, encode_prompts
+from mechdiff.extraction.transfer import HostCopies
+from mechdiff.extraction.writer import ActivationWriter, Prediction
 from mechdiff.interventions.hooks import record, stop_after
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.interventions.suffix import prefill, run
@@ -102,49 +105,88 @@ class Extractor(L.LightningModule):
     ) -> None:
         super().__init__()
         self.source, self.sites, self.plan, self.writer, self.ids = source, sites, plan, writer, ids
+        self.copies = HostCopies()
+        self.dealt: list[list[PlannedShard]] = []
+        self.started = 0.0
         self._prefix: DynamicCache | None = None
 
     def predict_dataloader(self) -> PlannedBatches:
-        """Return the batches that this process has to run."""
-        shards = self.writer.missing(self.trainer.global_rank, self.trainer.world_size)
-        return PlannedBatches(self.plan, shards, self.source.tokenizer.pad_token_id)
+        """Return the batches that this process has to run; the first one says what is missing."""
+        writer, trainer = self.writer, self.trainer
+        found = [shard.index for shard in writer.missing()] if trainer.is_global_zero else []
+        missing = set(trainer.strategy.broadcast(found))
+        self.dealt = deal([s for s in self.plan.shards if s.index in missing], trainer.world_size)
+        return PlannedBatches(self.plan, self.dealt[trainer.global_rank], self.source.tokenizer.pad_token_id)
 
     def on_predict_start(self) -> None:
-        """Move the model, which Lightning does not see, to this process's device."""
+        """Move the model, which Lightning does not see, to this process's device, unless it is on several."""
         model = self.source.model
-        model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+        if not self.source.spread:
+            model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
         start = self.plan.encoded[0].input_ids[: self.plan.fixed]
         with suppress(UsageError):  # one that keeps more than keys and values reads every prompt whole
             self._prefix = prefill(model, torch.tensor([start], device=model.device)) if start else None
+        self.started = time.perf_counter()
 
-    def predict_step(self, batch: Batch) -> dict[Site, Tensor]:
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move what the model needs; where the rows come from is for the writer."""
+        if device.type != "cuda":
+            return batch
+        ids, where = (
+            part.pin_memory().to(device, non_blocking=True) for part in (batch.input_ids, batch.where)
+        )
+        return batch._replace(input_ids=ids, where=where)
+
+    def predict_step(self, batch: Batch) -> Prediction:
         """Run one batch.
 
-        Returns:
-            For each site, the wanted rows `(rows, width)` on the CPU, in the type of the disk.
+        Padding is on the right, where no token of a text looks: without a mask the result is the same, and
+        the fastest attention can be used.
 
-        Raises:
-            ActivationError: If one is NaN or infinite, naming the prompt and the site.
+        Returns:
+            A function that waits for the wanted rows and returns them by site, `(rows, width)` on the CPU, in
+            the type of the disk. It raises `ActivationError` if one is NaN or infinite, naming the prompt
+            and the site.
         """
         model, start = self.source.model, 0 if self._prefix is None else self.plan.fixed
-        text, token = batch.where.unbind(-1)
-        token = token - start
-        ids, mask = batch.input_ids[:, start:], batch.attention_mask[:, start:]
         with record(model, self.sites) as states, stop_after(model, max(site.layer for site in self.sites)):
-            run(model, ids, mask, prefix=self._prefix)
+            run(model, batch.input_ids[:, start:], prefix=self._prefix)
         dtype = DTYPES[self.writer.dtype]
-        rows = {site: states[site][text, token].flatten(1).to(dtype).cpu() for site in self.sites}
-        for site, values in rows.items():
-            finite = values.isfinite().all(dim=1)
-            if not finite.all():
-                where = int(finite.int().argmin())
-                prompt, position = self.ids[int(batch.rows.example[where])], int(batch.rows.position[where])
-                raise ActivationError(
-                    f"{self.source.role}: the activation of prompt {prompt!r}, token {position}, at {site} "
-                    f"(layer {site.layer}) is NaN or infinite; allowed: finite values (key: pair.dtype, now "
-                    f"{str(model.dtype).removeprefix('torch.')})"
-                )
-        return rows
+        rows = []
+        for site in self.sites:
+            text, token = batch.where.to(states[site].device).unbind(-1)
+            rows.append(states[site][text, token - start].flatten(1).to(dtype))
+        wait = self.copies.start([*rows, *(values.isfinite().all() for values in rows)])
+
+        def finish() -> dict[Site, Tensor]:
+            copies = wait()
+            found = dict(zip(self.sites, copies, strict=False))
+            for (site, values), finite in zip(found.items(), copies[len(found) :], strict=True):
+                if not finite:
+                    raise self._not_finite(site, values, batch)
+            return found
+
+        return finish
+
+    def _not_finite(self, site: Site, values: Tensor, batch: Batch) -> ActivationError:
+        where = int(values.isfinite().all(dim=1).int().argmin())
+        prompt, position = self.ids[int(batch.rows.example[where])], int(batch.rows.position[where])
+        return ActivationError(
+            f"{self.source.role}: the activation of prompt {prompt!r}, token {position}, at {site} "
+            f"(layer {site.layer}) is NaN or infinite; allowed: finite values (key: pair.dtype, now "
+            f"{str(self.source.model.dtype).removeprefix('torch.')})"
+        )
+
+    def report(self) -> str:
+        """Say how fast the batches of all processes were run, and how evenly they were dealt."""
+        seconds = time.perf_counter() - self.started
+        shares = [sum(shard.padded for shard in part) for part in self.dealt]
+        tokens = sum(shard.tokens for part in self.dealt for shard in part)
+        uneven = max(shares) * len(shares) / max(sum(shares), 1) - 1
+        return (
+            f"{self.source.role}: {tokens} tokens in {seconds:.3f} s by {len(shares)}, "
+            f"{tokens / seconds:.0f} tokens/s; the busiest had {max(uneven, 0):.2%} more than the mean"
+        )
 
 
 class _Progress(TQDMProgressBar):
@@ -286,6 +328,7 @@ def _extract(
         trainer.predict(extractor, return_predictions=False)
     trainer.strategy.barrier("shards")
     if trainer.is_global_zero:
+        log.info(extractor.report())
         writer.finish()
     trainer.strategy.barrier("manifest")
 
