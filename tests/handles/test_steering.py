@@ -168,10 +168,7 @@ def test_all_positions_are_all_but_the_first():
 @pytest.mark.parametrize("how", ["zero", "after", "raised"])
 def test_nothing_stays_behind(how):
     model, ids = tiny_model("llama"), tokens(2, 6)
-    clean, methods = (
-        written(model, ids),
-        (model.__dict__.get("generate"), model.model.__dict__.get("forward")),
-    )
+    clean, own = written(model, ids), [set(vars(model)), set(vars(model.model))]
     caught = pytest.raises(RuntimeError) if how == "raised" else nullcontext()
     with caught, steer(model, handle(model), alpha=0 if how == "zero" else None):
         if how == "raised":
@@ -179,7 +176,7 @@ def test_nothing_stays_behind(how):
         if how == "zero":
             assert torch.equal(written(model, ids)[1], clean[1])
     assert torch.equal(written(model, ids)[1], clean[1])
-    assert (model.__dict__.get("generate"), model.model.__dict__.get("forward")) == methods
+    assert [set(vars(model)), set(vars(model.model))] == own  # the methods are the class's again
     assert not model.model.layers[1]._forward_hooks
 
 
@@ -239,12 +236,13 @@ def test_prompts_padded_on_the_right_and_batches_that_do_not_fit_are_refused():
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
     with steer(model, handle(), any_model=True), pytest.raises(UsageError, match="padding on the left"):
         written(model, ids, mask)
-    with steer(model, handle(), any_model=True, rows=torch.ones(3, dtype=torch.bool)):
-        with pytest.raises(UsageError, match="rows has 3 entries; allowed: 2"):
-            model(ids)
-    with steer(model, handle(), any_model=True, positions="all"):
-        with pytest.raises(UsageError, match="attention_mask is"):
-            model(ids, attention_mask=torch.ones(2, 1, 6, 6, dtype=torch.bool))
+    for options, mask, says in (
+        ({"rows": torch.ones(3, dtype=torch.bool)}, None, "rows has 3 entries; allowed: 2"),
+        ({"prompt_tokens": []}, None, "prompt_tokens has 0 entries"),
+        ({"positions": "all"}, torch.ones(2, 1, 6, 6, dtype=torch.bool), "attention_mask is"),
+    ):
+        with steer(model, handle(), any_model=True, **options), pytest.raises(UsageError, match=says):
+            model(ids, attention_mask=mask)
 
 
 def test_a_model_that_is_only_a_decoder_is_steered():
