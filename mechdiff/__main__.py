@@ -7,7 +7,10 @@ from importlib import import_module
 
 import mechdiff
 
-VERBS = {"extract": "extract the activations that a configuration needs, on any number of devices, and stop"}
+VERBS = {
+    "extract": "extract the activations that a configuration needs, on any number of devices, and stop",
+    "export": "take a handle out of its run: a file for mechdiff.steer, or a control vector for llama.cpp",
+}
 
 
 def main(args: list[str] | None = None) -> int:
