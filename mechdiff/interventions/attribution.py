@@ -1,4 +1,4 @@
-"""Attribute a number that a model's logits give to every attention head, from one forward and one backward pass.
+"""Attribute a number read from a model's logits to every attention head, in one forward and one backward pass.
 
 1. A zero is ADDED to the output of every attention module, so that the gradient reaches it there and goes on
    to the layers below; replacing activations by leaves would cut off what passes through later heads.
@@ -43,8 +43,8 @@ class Batch:
     Attributes:
         tokens: Ids, `(rows, T)`.
         mask: 1 for a token, 0 for padding, `(rows, T)`; None without padding.
-        where: Positions whose heads are counted or exchanged, `(rows, T)` boolean; None: all real ones but the
-            first.
+        where: Positions whose heads are counted or exchanged, `(rows, T)` boolean; None: all real ones but
+            the first.
         logits_at: Columns where logits are wanted, `(rows,)` or `(rows, m)`; None: the last.
         prefix: Keys and values of what comes before the columns.
     """
@@ -130,9 +130,8 @@ def clean_states(model: nn.Module, batch: Batch, layers: Iterable[int] | None = 
         layers: Whose heads; all by default.
     """
     wanted = list(head_layers(model) if layers is None else layers)
-    sites = [Site(layer - 1) for layer in wanted if layer] + [
-        Site(layer, name) for layer in wanted for name in ("attn_out", "head_z")
-    ]  # type: ignore[arg-type]
+    sites = [Site(layer - 1) for layer in wanted if layer]
+    sites += [site for layer in wanted for site in (Site(layer, "attn_out"), Site(layer, "head_z"))]
     with record(model, sites) as seen:
         logits = batch.run(model)
     return States(
@@ -239,7 +238,7 @@ def integrated_gradients(
     rows, weight = len(batch.tokens), head_weights(engine.model, layer)
     with torch.inference_mode(False), torch.enable_grad():
         z, attention = states.z[layer].clone(), states.attention[layer].clone()
-        move = _difference(z, weight, baseline, layer) * batch.counted[..., None]
+        move = difference(z, weight, baseline, layer) * batch.counted[..., None]
         back = (1 - points).to(move)[:, None, None, None] * move
         given = (attention - back).to(attention).flatten(0, 1).requires_grad_()
         logits = run_attended(engine, _normal(batch), states, layer, given, len(points))
@@ -252,6 +251,25 @@ def integrated_gradients(
     values = values.sum(1).double().cpu()
     end, start = scores.detach()[steps:].cpu()
     return Integrated(values, end, start, completeness_error(values.sum(), end.sum(), start.sum()).item())
+
+
+def difference(z: Tensor, weight: Tensor, baseline: Baseline, layer: int) -> Tensor:
+    """Return what all heads of a layer add together, less what a baseline adds, `(rows, T, d_model)`.
+
+    Args:
+        z: Input of the output projection by head, `(rows, T, heads, width)`.
+        weight: The projection, `(heads, width, d_model)`.
+        baseline: What stands against it.
+        layer: The layer.
+    """
+    precise = torch.promote_types(z.dtype, torch.float32)
+    own = z.flatten(-2).to(precise) @ weight.flatten(0, 1).to(precise)
+    if baseline.z is None:
+        return own
+    if layer not in baseline.z:
+        return torch.zeros_like(own)
+    other = baseline.weights.get(layer, weight).flatten(0, 1)
+    return own - baseline.z[layer].flatten(-2).to(precise) @ other.to(precise)
 
 
 def run_attended(
@@ -319,18 +337,6 @@ def _products(gradient: Tensor, baseline: Baseline, layer: int, weight: Tensor, 
     return head_products(gradient, baseline.z[layer], baseline.weights.get(layer, weight))
 
 
-def _difference(z: Tensor, weight: Tensor, baseline: Baseline, layer: int) -> Tensor:
-    """Return what all heads of a layer add together, less what the baseline adds, `(rows, T, d_model)`."""
-    precise = torch.promote_types(z.dtype, torch.float32)
-    own = z.flatten(-2).to(precise) @ weight.flatten(0, 1).to(precise)
-    if baseline.z is None:
-        return own
-    if layer not in baseline.z:
-        return torch.zeros_like(own)
-    other = baseline.weights.get(layer, weight).flatten(0, 1)
-    return own - baseline.z[layer].flatten(-2).to(precise) @ other.to(precise)
-
-
 def _normal(batch: Batch) -> Batch:
     """Return a batch of tensors that may be part of a graph."""
     parts = {
@@ -343,8 +349,7 @@ def _normal(batch: Batch) -> Batch:
 
 def _check(baselines: Mapping[str, Baseline], heads: int) -> None:
     for name, baseline in baselines.items():
-        for z in (baseline.z or {}).values():
-            if z.shape[2] != heads:
-                raise UsageError(
-                    f"baseline {name!r} has {z.shape[2]} heads; allowed: {heads}, those of the model (key: pair)"
-                )
+        counts = {z.shape[2] for z in (baseline.z or {}).values()} - {heads}
+        if counts:
+            got = f"baseline {name!r} has {min(counts)} heads"
+            raise UsageError(f"{got}; allowed: {heads}, those of the model (key: pair)")

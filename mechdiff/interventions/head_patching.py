@@ -1,0 +1,186 @@
+"""Exchange what heads add to the residual, exactly, and see what base's weights would make of the same input.
+
+1. Single heads of one layer are rows of one batch that starts after that layer's attention: the exchange is a
+   change of the attention's output, and no attention is computed twice.
+2. Heads of several layers are exchanged together in a full run: each gives the baseline's contribution in
+   place of what it adds in this very run, so that patches below are taken into account.
+3. Own change: every attention module gets the input that it has in its own model, with the other model's
+   weights. What differs is due to these weights alone; nothing upstream is inherited and nothing is aligned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mechdiff.functional.attribution import head_contributions
+from mechdiff.interventions.attribution import Baseline, Batch, States, run_attended
+from mechdiff.interventions.grafts import changed, graft
+from mechdiff.interventions.hooks import Edit, head_weights, record
+from mechdiff.interventions.sites import Site
+from mechdiff.interventions.suffix import SuffixEngine
+
+
+@torch.no_grad()
+def patch_heads(
+    engine: SuffixEngine,
+    batch: Batch,
+    states: States,
+    layer: int,
+    heads: Sequence[int],
+    baseline: Baseline,
+) -> Tensor:
+    """Put a baseline in the place of single heads of one layer, one at a time.
+
+    Args:
+        engine: Of the model.
+        batch: What it reads; heads are exchanged at `where`.
+        states: Its clean run.
+        layer: The layer.
+        heads: The heads.
+        baseline: What they add instead.
+
+    Returns:
+        Logits, `(heads, rows, ...)`.
+    """
+    weight, z = head_weights(engine.model, layer), states.z[layer]
+    moves = head_changes(z, weight, baseline, layer, heads) * batch.counted[..., None, None]
+    given = states.attention[layer] + moves.movedim(2, 0).to(states.attention[layer])
+    logits = run_attended(engine, batch, states, layer, given.flatten(0, 1), len(heads))
+    return logits.unflatten(0, (len(heads), -1))
+
+
+def head_changes(
+    z: Tensor, weight: Tensor, baseline: Baseline, layer: int, heads: Sequence[int] | None = None
+) -> Tensor:
+    """Return a baseline's contribution less that of each head, `(rows, T, heads, d_model)`.
+
+    Args:
+        z: Input of the output projection by head, `(rows, T, heads, width)`.
+        weight: The projection, `(heads, width, d_model)`.
+        baseline: What stands against it.
+        layer: The layer.
+        heads: Some of the heads; all by default.
+    """
+    chosen = list(range(len(weight)) if heads is None else heads)
+    own = head_contributions(z[:, :, chosen], weight[chosen])
+    if baseline.z is None:
+        return -own
+    if layer not in baseline.z:
+        return torch.zeros_like(own)
+    other = baseline.weights.get(layer, weight)
+    return head_contributions(baseline.z[layer][:, :, chosen], other[chosen]) - own
+
+
+def exchange(
+    model: nn.Module, chosen: Mapping[int, Tensor], baseline: Baseline, where: Tensor
+) -> dict[Site, Edit]:
+    """Return edits that put a baseline in the place of chosen heads of several layers together.
+
+    Args:
+        model: The model that will run.
+        chosen: Which heads by layer, `(rows, heads)` boolean.
+        baseline: What they add instead.
+        where: Columns at which they do, `(rows, T)` boolean; rows may be 1.
+    """
+    edits: dict[Site, Edit] = {}
+    for layer, picked in chosen.items():
+        if picked.any() and (baseline.z is None or layer in baseline.z):
+            swap = _Swap(head_weights(model, layer), picked, baseline, layer, where)
+            edits |= {Site(layer, "head_z"): swap.keep, Site(layer, "attn_out"): swap.move}
+    return edits
+
+
+@dataclass
+class _Swap:
+    """The exchange in one layer: z is kept where it is read, and the output is moved."""
+
+    weight: Tensor
+    picked: Tensor
+    baseline: Baseline
+    layer: int
+    where: Tensor
+    z: Tensor | None = None
+
+    def keep(self, z: Tensor, _positions: Tensor) -> Tensor:
+        self.z = z
+        return z
+
+    def move(self, output: Tensor, _positions: Tensor) -> Tensor:
+        assert self.z is not None, "the projection runs before the attention module returns"
+        precise = torch.promote_types(output.dtype, torch.float32)
+        gate = (self.where[..., None] & self.picked[:, None]).to(precise)[..., None]  # (rows, T, heads, 1)
+        moved = -self._added(gate * self.z.to(precise), self.weight)
+        if self.baseline.z is not None:
+            weight = self.baseline.weights.get(self.layer, self.weight)
+            moved = moved + self._added(gate * self.baseline.z[self.layer].to(precise), weight)
+        self.z = None
+        return output + moved.to(output.dtype)
+
+    @staticmethod
+    def _added(z: Tensor, weight: Tensor) -> Tensor:
+        return z.flatten(-2) @ weight.flatten(0, 1).to(z.dtype)
+
+
+@torch.no_grad()
+def own_change(engine: SuffixEngine, donor: PreTrainedModel, batch: Batch, states: States) -> Baseline:
+    """Return what heads would add with another model's q, k, v and o, on the input that they have.
+
+    Norms before the attention stay the model's own.
+
+    Args:
+        engine: Of the model whose input it is.
+        donor: The other model, of the same architecture.
+        batch: What it reads, from the first token on.
+        states: Its clean run.
+
+    Returns:
+        The donor's weights as a baseline; layers with equal weights are missing, since nothing differs.
+
+    Raises:
+        PairError: If the two are not of one architecture.
+    """
+    assert batch.prefix is None, "the donor's keys of a prefix differ"
+    z: dict[int, Tensor] = {}
+    for layer in states.z:
+        name, site = f"attn.{layer}", Site(layer, "head_z")
+        if not changed(engine.model, donor, name):
+            continue
+        with graft(engine.model, donor, name), record(engine.model, [site]) as seen:
+            engine.run_block(layer, states.hidden.get(layer), batch.tokens, batch.mask)
+        z[layer] = seen[site]
+    return Baseline(z, {layer: head_weights(donor, layer) for layer in z})
+
+
+def mean_baseline(runs: Sequence[tuple[Batch, States]]) -> Baseline:
+    """Return the mean of every head over all counted positions of some runs, the same at every position.
+
+    Args:
+        runs: Batches with their clean runs.
+    """
+    means = {}
+    for layer in runs[0][1].z:
+        rows = torch.cat([states.z[layer][batch.counted].double() for batch, states in runs])
+        means[layer] = rows.mean(0)[None, None].to(runs[0][1].z[layer])
+    return Baseline(means)
+
+
+def carried(z: Mapping[int, Tensor], to: Tensor, source: Tensor, length: int) -> dict[int, Tensor]:
+    """Put another run's z into the columns of a row, 0 where nothing is aligned.
+
+    Args:
+        z: By layer, `(1, T_other, heads, width)`.
+        to: Columns, `(pairs,)`.
+        source: Columns of the other run, `(pairs,)`.
+        length: Number of columns.
+    """
+    found = {}
+    for layer, part in z.items():
+        row = part.new_zeros(1, length, *part.shape[2:])
+        row[:, to.to(part.device)] = part[:, source.to(part.device)]
+        found[layer] = row
+    return found
