@@ -1,9 +1,9 @@
-"""Attribute a number read from a model's logits to every attention head, in one forward and one backward pass.
+"""Attribute a number read from a model's logits to every attention head, with one backward pass.
 
 1. A zero is ADDED to the output of every attention module, so that the gradient reaches it there and goes on
    to the layers below; replacing activations by leaves would cut off what passes through later heads.
-2. In the backward pass each layer's gradient is contracted, as soon as it is there, with what its heads add to
-   the residual, less what a baseline adds, and summed over positions: what is kept is one number per row,
+2. In the backward pass each layer's gradient is contracted, as soon as it is there, with what its heads add
+   to the residual, less what a baseline adds, and summed over positions: what is kept is one number per row,
    layer and head. Several baselines share the pass.
 3. A baseline is z in the model's own columns and the output projection that goes with it. Contributions are
    compared, never z: across models the projections differ.
@@ -32,8 +32,8 @@ from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine, run_logits
 
 Score = Callable[[Tensor], Tensor]
-"""Turns the logits of a batch, as `run_logits` returns them, into the numbers attributed, `(n,)`. A number may
-depend on several rows; a row must not enter several numbers."""
+"""Turns the logits of a batch, as `run_logits` returns them, into the numbers attributed, `(n,)`. A number
+may depend on several rows; a row must not enter several numbers."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Put one model's weights of one attention head into another of the same architecture.
 
-1. Of the query and output projections the head's own rows and columns are grafted, of keys and values those of
-   its group: with grouped queries the other heads of the group then read the donor's keys and values too, and
-   the graft says so (`group`).
+1. Of the query and output projections the head's own rows and columns are grafted, of keys and values those
+   of its group: with grouped queries the other heads of the group then read the donor's keys and values too;
+   `group` lists them.
 2. Biases go with their rows. The output's bias and norms of queries and keys belong to no head: they stay.
 """
 

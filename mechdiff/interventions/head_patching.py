@@ -144,13 +144,15 @@ def own_change(engine: SuffixEngine, donor: PreTrainedModel, batch: Batch, state
     Raises:
         PairError: If the two are not of one architecture.
     """
+    model = engine.model
+    assert isinstance(model, PreTrainedModel)
     assert batch.prefix is None, "the donor's keys of a prefix differ"
     z: dict[int, Tensor] = {}
     for layer in states.z:
         name, site = f"attn.{layer}", Site(layer, "head_z")
-        if not changed(engine.model, donor, name):
+        if not changed(model, donor, name):
             continue
-        with graft(engine.model, donor, name), record(engine.model, [site]) as seen:
+        with graft(model, donor, name), record(model, [site]) as seen:
             engine.run_block(layer, states.hidden.get(layer), batch.tokens, batch.mask)
         z[layer] = seen[site]
     return Baseline(z, {layer: head_weights(donor, layer) for layer in z})
