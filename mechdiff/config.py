@@ -41,6 +41,20 @@ K_SWEEP: Final = (1, 2, 3, 4, 6, 8)
 ALPHA_GRID: Final = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0)
 """Strengths of an edit in units of its natural size."""
 
+HEAD_Z: Final = 2.0
+"""Standard errors of the mean difference above which the first rule counts a head as changed; any difference
+passes with enough prompts."""
+
+HEAD_ABS_DELTA_NAT: Final = 0.5
+"""Least change of a head's attribution that counts on problems, in nats."""
+
+HEAD_ABS_DELTA_PP: Final = 5.0
+"""Least change of a head's effect that counts on refusals, in percentage points of their probability."""
+
+RBO_PERSISTENCE: Final = 0.9
+"""Weight of each place of a ranking relative to the one before; 0.9 puts 86 % of the weight on the first ten
+(Webber et al. 2010)."""
+
 
 def fallback_layers(num_layers: int) -> list[int]:
     """Scale the default layers to a model's depth.

@@ -142,7 +142,7 @@ def bootstrap_ratio(
     top, bottom = cells.sum(0).tolist()
     if bottom == 0:
         raise FitError(f"the denominator of a ratio over {len(cells)} prompts is 0; it must differ from 0")
-    tops, bottoms = _resample(cells, draws, generator).unbind(1)
+    tops, bottoms = resample(cells, draws, generator).unbind(1)
     ratios, usable = tops / bottoms, bottoms * math.copysign(1.0, bottom) > 0
     value, ratios = (1 - top / bottom, 1 - ratios) if complement else (top / bottom, ratios)
     low, high = _percentiles(ratios, usable, level)
@@ -191,7 +191,7 @@ def bootstrap_correlation(
         a, b = (part - part.mean(0)).unbind(1)
         cells = torch.stack([a * b, a * a, b * b, a, b], 1)
         full += _products(cells.sum(0, keepdim=True), len(part))
-        drawn += _products(_resample(cells, draws, generator), len(part))
+        drawn += _products(resample(cells, draws, generator), len(part))
     spread = torch.cat([part.abs().max(0, keepdim=True).values for part in parts]).max(0).values ** 2
     if bool((full[0, 1:] <= 1e-28 * spread).any()):
         raise FitError(
@@ -229,7 +229,7 @@ def bootstrap_sums(
     sums = torch.zeros(int(index.max()) + 1, cells.shape[1], dtype=torch.float64)
     sums.index_add_(0, index[order], cells[order])
     sums = sums[sums.sum(1).argsort(stable=True)]
-    values = statistic(_resample(sums, draws, generator))
+    values = statistic(resample(sums, draws, generator))
     low, high = _percentiles(values, torch.ones_like(values, dtype=torch.bool), level)
     return Interval(statistic(sums.sum(0, keepdim=True)).item(), low, high, len(sums))
 
@@ -282,12 +282,20 @@ def _finite(values: Tensor) -> Tensor:
     return values
 
 
-def _ordered(cells: Tensor) -> Tensor:
-    """Sort rows lexicographically."""
+def row_order(cells: Tensor) -> Tensor:
+    """Return the indices that sort rows lexicographically.
+
+    >>> row_order(torch.tensor([[2.0, 1.0], [1.0, 3.0], [1.0, 2.0]])).tolist()
+    [2, 1, 0]
+    """
     order = torch.arange(len(cells))
     for column in reversed(range(cells.shape[1])):
         order = order[cells[order, column].argsort(stable=True)]
-    return cells[order]
+    return order
+
+
+def _ordered(cells: Tensor) -> Tensor:
+    return cells[row_order(cells)]
 
 
 def _clusters(cells: Tensor, groups: Groups | None) -> Tensor:
@@ -302,8 +310,12 @@ def _split(cells: Tensor, index: Tensor) -> Iterable[Tensor]:
     return cells[index.argsort(stable=True)].split(index.bincount().tolist())
 
 
-def _resample(cells: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Sum the columns of `(n, c)` over `draws` samples of n rows with replacement: `(draws, c)`."""
+def resample(cells: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Sum the columns of `(n, c)` over `draws` samples of n rows with replacement: `(draws, c)`.
+
+    >>> resample(torch.ones(3, 1, dtype=torch.float64), 2, generator(17)).tolist()
+    [[3.0], [3.0]]
+    """
     n, step = len(cells), max(1, _CHUNK // len(cells))
     sums = []
     for start in range(0, draws, step):
