@@ -42,7 +42,8 @@ QUANTITIES: dict[str, frozenset[str]] = {
         """
         head_attribution head_own_change graft_recovery completeness_error churn churn_bh churn_p
         topk_overlap jaccard rbo cumulative_effect cpr cmd truth_r truth_overlap
-        """.split()  # noqa: SIM905 - reads better than 15 quoted words
+        concentration churn_difference
+        """.split()  # noqa: SIM905 - reads better than 17 quoted words
     ),
 }
 CONTROLS = frozenset(
