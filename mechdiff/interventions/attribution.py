@@ -79,10 +79,16 @@ class Baseline:
             T may be 1. Where a layer is missing there is no difference. None: nothing, in every layer.
         weights: The projection that goes with it by layer, `(heads, width, d_model)`; the model's own where
             it is missing.
+        where: Positions that it has something for, `(rows, T)` boolean, rows may be 1; None: all.
     """
 
     z: Mapping[int, Tensor] | None = None
     weights: Mapping[int, Tensor] = field(default_factory=dict)
+    where: Tensor | None = None
+
+    def counted(self, batch: Batch) -> Tensor:
+        """Return where heads are counted or exchanged, `(rows, T)` boolean."""
+        return batch.counted if self.where is None else batch.counted & self.where.to(batch.tokens.device)
 
 
 ZERO = Baseline()
@@ -167,18 +173,18 @@ def attribute(
     weights = {layer: head_weights(model, layer) for layer in layers}
     _check(baselines, num_heads(model))
     found: dict[str, dict[int, Tensor]] = {name: {} for name in baselines}
-    counted = batch.counted[..., None]
+    counted = {name: baseline.counted(batch)[..., None] for name, baseline in baselines.items()}
 
     def contract(layer: int, gradient: Tensor, z: Tensor) -> None:
         own = head_products(gradient, z, weights[layer])
         for name, baseline in baselines.items():
-            other = _products(gradient, baseline, layer, weights[layer], own)
-            found[name][layer] = ((own - other) * counted).sum(1).double().cpu()
+            other = baseline_products(gradient, baseline, layer, weights[layer], own)
+            found[name][layer] = ((own - other) * counted[name]).sum(1).double().cpu()
 
     # Tensors of inference mode cannot be part of a graph; whoever calls may be in it.
     with torch.inference_mode(False), torch.enable_grad():
         anchor = torch.zeros((), device=batch.tokens.device, requires_grad=True)
-        with intervene(model, dict(_tagged(layers, anchor, contract))):
+        with intervene(model, dict(tagged(layers, anchor, contract))):
             scores = score(_normal(batch).run(model))
         torch.autograd.grad(scores.double().sum(), anchor)
     values = {name: torch.stack([part[layer] for layer in layers], 1) for name, part in found.items()}
@@ -238,7 +244,7 @@ def integrated_gradients(
     rows, weight = len(batch.tokens), head_weights(engine.model, layer)
     with torch.inference_mode(False), torch.enable_grad():
         z, attention = states.z[layer].clone(), states.attention[layer].clone()
-        move = difference(z, weight, baseline, layer) * batch.counted[..., None]
+        move = difference(z, weight, baseline, layer) * baseline.counted(batch)[..., None]
         back = (1 - points).to(move)[:, None, None, None] * move
         given = (attention - back).to(attention).flatten(0, 1).requires_grad_()
         logits = run_attended(engine, _normal(batch), states, layer, given, len(points))
@@ -247,8 +253,8 @@ def integrated_gradients(
     mean = gradient.unflatten(0, (-1, rows))[:steps].to(torch.promote_types(gradient.dtype, torch.float32))
     mean = torch.einsum("k,krtd->rtd", shares.to(mean), mean)
     own = head_products(mean, z, weight)
-    values = (own - _products(mean, baseline, layer, weight, own)) * batch.counted[..., None]
-    values = values.sum(1).double().cpu()
+    other = baseline_products(mean, baseline, layer, weight, own)
+    values = ((own - other) * baseline.counted(batch)[..., None]).sum(1).double().cpu()
     end, start = scores.detach()[steps:].cpu()
     return Integrated(values, end, start, completeness_error(values.sum(), end.sum(), start.sum()).item())
 
@@ -302,7 +308,7 @@ def run_attended(
     )
 
 
-def _tagged(
+def tagged(
     layers: Sequence[int], anchor: Tensor, contract: Callable[[int, Tensor, Tensor], None]
 ) -> Iterator[tuple[Site, Edit]]:
     """Yield edits that add a zero to every attention output and hand its gradient on, with z."""
@@ -328,8 +334,10 @@ def _tagged(
         yield Site(layer, "attn_out"), tag(layer)
 
 
-def _products(gradient: Tensor, baseline: Baseline, layer: int, weight: Tensor, own: Tensor) -> Tensor:
-    """Contract a gradient with a baseline's contributions."""
+def baseline_products(
+    gradient: Tensor, baseline: Baseline, layer: int, weight: Tensor, own: Tensor
+) -> Tensor:
+    """Contract a gradient with a baseline's contributions; `own` are those with the model's own."""
     if baseline.z is None:
         return torch.zeros_like(own)
     if layer not in baseline.z:

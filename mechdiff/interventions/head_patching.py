@@ -48,7 +48,7 @@ def patch_heads(
         Logits, `(heads, rows, ...)`.
     """
     weight, z = head_weights(engine.model, layer), states.z[layer]
-    moves = head_changes(z, weight, baseline, layer, heads) * batch.counted[..., None, None]
+    moves = head_changes(z, weight, baseline, layer, heads) * baseline.counted(batch)[..., None, None]
     given = states.attention[layer] + moves.movedim(2, 0).to(states.attention[layer])
     logits = run_attended(engine, batch, states, layer, given.flatten(0, 1), len(heads))
     return logits.unflatten(0, (len(heads), -1))
@@ -77,20 +77,20 @@ def head_changes(
 
 
 def exchange(
-    model: nn.Module, chosen: Mapping[int, Tensor], baseline: Baseline, where: Tensor
+    model: nn.Module, batch: Batch, chosen: Mapping[int, Tensor], baseline: Baseline
 ) -> dict[Site, Edit]:
     """Return edits that put a baseline in the place of chosen heads of several layers together.
 
     Args:
         model: The model that will run.
+        batch: What it will read.
         chosen: Which heads by layer, `(rows, heads)` boolean.
         baseline: What they add instead.
-        where: Columns at which they do, `(rows, T)` boolean; rows may be 1.
     """
     edits: dict[Site, Edit] = {}
     for layer, picked in chosen.items():
         if picked.any() and (baseline.z is None or layer in baseline.z):
-            swap = _Swap(head_weights(model, layer), picked, baseline, layer, where)
+            swap = _Swap(head_weights(model, layer), picked, baseline, layer, baseline.counted(batch))
             edits |= {Site(layer, "head_z"): swap.keep, Site(layer, "attn_out"): swap.move}
     return edits
 

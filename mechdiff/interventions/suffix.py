@@ -253,7 +253,6 @@ class SuffixEngine:
         blocks._modules[str(layer)] = block
         return run_logits(view, input_ids, attention_mask, logits_at, prefix)
 
-    @torch.no_grad()
     def run_block(
         self, layer: int, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> None:
