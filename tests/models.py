@@ -84,8 +84,7 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def keep_double(model: PreTrainedModel) -> PreTrainedModel:
-    """Let norms and attention of a float64 model stay in float64, which the library casts to float32."""
-    model.config._attn_implementation = "sdpa"
+    """Let the norms of a float64 model stay in float64, which the library casts to float32."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_rms_norm, module)  # type: ignore[method-assign]
