@@ -22,7 +22,11 @@ from mechdiff.interventions.attribution import Baseline, Batch, States, run_atte
 from mechdiff.interventions.grafts import changed, graft
 from mechdiff.interventions.hooks import Edit, head_weights, record
 from mechdiff.interventions.sites import Site
-from mechdiff.interventions.suffix import SuffixEngine
+from mechdiff.interventions.suffix import SuffixEngine, run_logits
+
+_PROBE_TOKENS = 8
+_WHOLE = 2e-2
+"""Share of a residual that its parts may miss: the rounding of half precision."""
 
 
 @torch.no_grad()
@@ -186,3 +190,25 @@ def carried(z: Mapping[int, Tensor], to: Tensor, source: Tensor, length: int) ->
         row[:, to.to(part.device)] = part[:, source.to(part.device)]
         found[layer] = row
     return found
+
+
+@torch.no_grad()
+def adds_up(model: nn.Module, layer: int) -> bool:
+    """Tell whether a block adds what its attention and MLP put out to the residual.
+
+    After a norm (Gemma) a head's contribution is not what reaches the residual.
+
+    Args:
+        model: A decoder-only transformers model.
+        layer: The block; the first is judged by the second.
+    """
+    layer = max(layer, 1)
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    ids = torch.arange(_PROBE_TOKENS, device=embedding.device)[None] % len(embedding)
+    sites = [Site(layer - 1), Site(layer, "attn_out"), Site(layer, "mlp_out")]
+    with record(model, [*sites, Site(layer)]) as seen:
+        run_logits(model, ids)
+    # The first position may be a sink, whose norm would hide the others.
+    parts = torch.stack([seen[site][:, 1:].float() for site in sites]).sum(0)
+    whole = seen[Site(layer)][:, 1:].float()
+    return float((parts - whole).norm()) <= _WHOLE * float(whole.norm())
