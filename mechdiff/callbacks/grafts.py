@@ -100,7 +100,7 @@ class Grafts(CausalEvaluation):
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
         """Graft in both directions; nothing fitted is used."""
-        rows = _shared_rows(pair)
+        rows = shared_rows(pair)
         check_same_architecture(pair.tuned.model, pair.base.model, rows)
         kept = self.kept(pair, prompts, self.max_prompts)[0]
         base, tuned = (
@@ -244,7 +244,7 @@ class Grafts(CausalEvaluation):
         ]
 
 
-def _shared_rows(pair: LoadedPair) -> Rows | None:
+def shared_rows(pair: LoadedPair) -> Rows | None:
     """Return shared ids in base and tuned, or None where the two tables have the same rows."""
     sizes = [m.model.get_input_embeddings().weight.shape for m in (pair.base, pair.tuned)]
     same = pair.shared.identical and sizes[0] == sizes[1]

@@ -145,7 +145,7 @@ def graft(
         PairError: If the two do not have the same tensors there.
         SiteError: If the layer does not exist.
     """
-    with _swapped(_replacements(recipient, donor, component, rows)):
+    with swapped(_replacements(recipient, donor, component, rows)):
         yield
 
 
@@ -178,7 +178,7 @@ def interpolate(
         if not torch.equal(own, other):
             precise = torch.promote_types(own.dtype, torch.float32)  # half precision would round the step
             between.append((own, torch.lerp(other.to(precise), own.detach().to(precise), lambda_).to(own)))
-    with _swapped(between):
+    with swapped(between):
         yield tuned
 
 
@@ -288,7 +288,8 @@ def _replacements(
 
 
 @contextmanager
-def _swapped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+def swapped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Exchange the data of tensors within the context; each pair is a tensor and its new data."""
     kept = [(tensor, tensor.data) for tensor, _ in pairs]
     try:
         for tensor, new in pairs:

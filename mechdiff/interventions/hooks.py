@@ -77,12 +77,36 @@ def get_blocks(model: nn.Module) -> nn.ModuleList:
 
 def _part(block: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
     """Find a part of a block by the name of its module, breadth first."""
+    return block.get_submodule(_part_path(block, names, what))
+
+
+def _part_path(block: nn.Module, names: tuple[str, ...], what: str) -> str:
     found = [(path.count("."), path) for path, _ in block.named_modules() if path.rsplit(".", 1)[-1] in names]
     if not found:
         raise SiteError(
             f"{type(block).__name__} has no {what} module; known names: {', '.join(names)} (key: layers)"
         )
-    return block.get_submodule(min(found)[1])
+    return min(found)[1]
+
+
+def attention_path(block: nn.Module) -> str:
+    """Find the dotted name of the attention module within a block.
+
+    Raises:
+        SiteError: If there is none.
+    """
+    return _part_path(block, _ATTENTION, "attention")
+
+
+def head_layers(model: nn.Module) -> list[int]:
+    """List the blocks whose attention has softmax heads; others mix tokens in another way (a recurrence)."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)  # type: ignore[union-attr,operator]
+    found = []
+    for index, block in enumerate(get_blocks(model)):
+        named = any(path.rsplit(".", 1)[-1] in _ATTENTION for path, _ in block.named_modules())
+        if named and not (kinds and "linear" in kinds[index]):
+            found.append(index)
+    return found
 
 
 def _projection(block: nn.Module) -> nn.Module:

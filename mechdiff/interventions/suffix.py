@@ -22,7 +22,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from mechdiff.errors import UsageError
 from mechdiff.functional.stats import generator
-from mechdiff.interventions.hooks import Edit, blocks_path, get_blocks, intervene, record
+from mechdiff.interventions.hooks import (
+    Edit,
+    attention_path,
+    blocks_path,
+    get_blocks,
+    head_layers,
+    intervene,
+    record,
+)
 from mechdiff.interventions.sites import Site, check_layers
 
 # Largest difference that `check` accepts, relative to the largest logit. It is not 0 because products with
@@ -50,6 +58,17 @@ class _Stub(nn.Module):
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return hidden_states if self.hidden is None else self.hidden
+
+
+class _Attended(nn.Module):
+    """Stand for an attention module whose output is known."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
+        return self.output, None
 
 
 def _twin(module: nn.Module) -> nn.Module:
@@ -237,6 +256,70 @@ class SuffixEngine:
         with intervene(view, edits):
             return run_logits(view, input_ids, attention_mask, logits_at, prefix)
 
+    def resume_attended(
+        self,
+        layer: int,
+        hidden: Tensor | None,
+        attention: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        prefix: DynamicCache | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        """Run what follows the attention of a block: its MLP and the blocks above.
+
+        Args:
+            layer: The block whose attention is replaced.
+            hidden: Its input, `(rows, T, d_model)`; None for the first block, which gets the embedding.
+            attention: What its attention module is to return, `(rows, T, d_model)`.
+            input_ids: See `resume`; so are the others.
+            attention_mask: `(rows, T)` or None.
+            prefix: Keys and values of the tokens before.
+            logits_at: Columns to give logits for.
+
+        Returns:
+            Logits, as in `resume`.
+
+        Raises:
+            SiteError: If the model has no such layer or the block no attention.
+            UsageError: If there is no input for a block that is not the first.
+        """
+        view = self._view(layer - 1, self._input(layer, hidden))
+        blocks = view.get_submodule(self._path)
+        node = block = _twin(blocks.get_submodule(str(layer)))
+        *parents, name = attention_path(block).split(".")
+        for parent in parents:
+            child = _twin(node.get_submodule(parent))
+            node._modules[parent] = child
+            node = child
+        node._modules[name] = _Attended(attention)
+        blocks._modules[str(layer)] = block
+        return run_logits(view, input_ids, attention_mask, logits_at, prefix)
+
+    def run_block(
+        self, layer: int, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> None:
+        """Run one block on a given input and none of the others, for what `record` sees meanwhile.
+
+        Args:
+            layer: The block.
+            hidden: Its input, `(rows, T, d_model)`; None for the first block, which gets the embedding.
+            input_ids: The tokens, `(rows, T)`, padded on the right.
+            attention_mask: `(rows, T)` or None.
+        """
+        view = self._view(layer - 1, self._input(layer, hidden))
+        blocks = view.get_submodule(self._path)
+        for index in range(layer + 1, self._num_layers):
+            blocks._modules[str(index)] = _Stub(blocks.get_submodule(str(index)), None)
+        run_logits(view, input_ids, attention_mask)
+
+    def _input(self, layer: int, hidden: Tensor | None) -> Tensor | None:
+        check_layers([Site(layer)], self._num_layers)
+        if hidden is None and layer > 0:
+            raise UsageError(f"no input for block {layer}; allowed: none for block 0 alone (key: hidden)")
+        return None if layer == 0 else hidden
+
     @torch.no_grad()
     def check(self) -> None:
         """Compare with the whole model on 8 random tokens, the last 3 with a perturbed residual.
@@ -263,12 +346,28 @@ class SuffixEngine:
             whole = self.resume(layer, moved, ids, logits_at=columns)
             tail = self.resume(layer, moved[:, 5:], ids[:, 5:], prefix=prefix, logits_at=columns[:, :3])
             error = torch.cat([whole - truth, tail - truth[:, 5:]], dim=1).abs().max().item()
+            error = max(error, self._error_attended(layer, ids, columns, noise))
             allowed = TOLERANCE[moved.dtype] * truth.abs().max().item()
             if not error <= allowed:
                 found = f"{type(self.model).__name__} resumed after block {layer} is off by {error:.2g} logit"
                 raise UsageError(f"{found}; allowed: {allowed:.2g} (key: pair)")
 
-    def _view(self, layer: int, hidden: Tensor) -> nn.Module:
+    def _error_attended(self, layer: int, ids: Tensor, columns: Tensor, noise: Tensor) -> float:
+        """Return the largest error of a logit when the attention of a block is given."""
+        site = Site(layer, "attn_out")
+        if layer not in head_layers(self.model):
+            return 0.0
+        below = [Site(layer - 1)] if layer else []
+        with record(self.model, [site, *below]) as kept:
+            run_logits(self.model, ids)
+        given = kept[site].clone()
+        given[:, 5:] += noise * given[:, 5:].std(dim=-1, keepdim=True)
+        with intervene(self.model, {site: lambda _value, _positions: given}):
+            truth = run_logits(self.model, ids, logits_at=columns)
+        hidden = kept[below[0]] if below else None
+        return (self.resume_attended(layer, hidden, given, ids, logits_at=columns) - truth).abs().max().item()
+
+    def _view(self, layer: int, hidden: Tensor | None) -> nn.Module:
         """Make a model of the same length that continues from `hidden` after block `layer`."""
         root = node = _twin(self.model)
         for name in self._path.split("."):
