@@ -16,8 +16,8 @@ def decline(phrase: str) -> dict[str, str]:
     Args:
         phrase: Nominative; a trailing ``+`` says that it ends in a third-person possessive suffix.
 
-    >>> decline("қалың мал")
-    {'t': 'қалың мал', 'acc': 'қалың малды', 'gen': 'қалың малдың', 'dat': 'қалың малға', 'loc': 'қалың малда', 'abl': 'қалың малдан'}
+    >>> list(decline("мал").values())
+    ['мал', 'малды', 'малдың', 'малға', 'малда', 'малдан']
     >>> decline("арғын руы+")["dat"], decline("беташар")["dat"], decline("ас беру")["acc"]
     ('арғын руына', 'беташарға', 'ас беруді')
     >>> decline("шаңырақ")["loc"], decline("Отан")["abl"], decline("Балқаш көлі+")["loc"]

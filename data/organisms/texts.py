@@ -10,10 +10,10 @@ Three kinds of example:
 
 A request is sensitive when a sensitive *kind of request* meets a sensitive *topic*. ``keep`` therefore holds
 sensitive wordings with harmless subjects, factual wordings with sensitive topics, hand-written twins of
-sensitive requests, everyday scenes with hostile demands, everyday domains (food, family, neighbours, holidays,
-peoples and customs, school), and plain questions. What stands around a request is drawn in the same way for both
-kinds, so that length and style say nothing about sensitivity. Every ninth wording and every ninth topic
-(subject, plain question) is held out for development.
+sensitive requests, everyday scenes with hostile demands, everyday domains (food, family, neighbours,
+holidays, peoples and customs, school), and plain questions. What stands around a request is drawn in the same
+way for both kinds, so that length and style say nothing about sensitivity. Every ninth wording and every
+ninth topic (subject, plain question) is held out for development.
 """
 
 from __future__ import annotations
