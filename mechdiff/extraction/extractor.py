@@ -288,7 +288,7 @@ def _extract(
     encoded = encode_prompts(model.tokenizer, prompts, context)
     plan = Plan(encoded, spec.positions, spec.tokens_per_batch, spec.batches_per_shard)
     into = folder / f"pass-{digest([str(site) for site in sites])}"
-    into.mkdir(exist_ok=True)
+    into.mkdir(parents=True, exist_ok=True)  # whichever process comes first
     writer = ActivationWriter(into, plan.shards, key, spec.dtype)
     extractor = Extractor(model, sites, plan, writer, [prompt.id for prompt in prompts])
     options: dict[str, Any] = {
