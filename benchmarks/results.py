@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +48,20 @@ def measurement(
         "figures": dict(figures),
         "ratios": ratios,
     }
+
+
+def run_parts(parts: Mapping[str, Callable[[], None]], say: Callable[[str], None]) -> list[str]:
+    """Run parts one after the other, whatever becomes of those before; return those that failed."""
+    failed = []
+    for name, part in parts.items():
+        begun = time.perf_counter()
+        try:
+            part()
+        except Exception:  # the machine is lent for minutes: the other parts have to be run all the same
+            traceback.print_exc()
+            failed.append(name)
+        say(f"{name} took {time.perf_counter() - begun:.1f} s")
+    return failed
 
 
 def hardware() -> str:
