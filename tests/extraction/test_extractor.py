@@ -383,3 +383,14 @@ def test_layer_out_of_range(tmp_path):
     with pytest.raises(SiteError, match=r"site resid_post\.4 is out of range"):
         extract(tmp_path, ["resid_post.4"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_only_has_to_write_the_manifest(whole, tmp_path, caplog):
+    root = tmp_path / "stores"
+    shutil.copytree(whole, root)
+    next(root.glob("*/pass-*/manifest.json")).unlink()
+    with caplog.at_level(logging.INFO, "mechdiff"):
+        store = extract(root)
+    assert [str(site) for site in store.sites] == job.SITES
+    assert shards(root) == shards(whole)
+    assert "tokens/s" not in caplog.text
