@@ -182,7 +182,7 @@ class Extractor(L.LightningModule):
         seconds = time.perf_counter() - self.started
         shares = [sum(shard.padded for shard in part) for part in self.dealt]
         tokens = sum(shard.tokens for part in self.dealt for shard in part)
-        uneven = max(shares) * len(shares) / max(sum(shares), 1) - 1
+        uneven = max(shares) * len(shares) / sum(shares) - 1
         return (
             f"{self.source.role}: {tokens} tokens in {seconds:.3f} s by {len(shares)}, "
             f"{tokens / seconds:.0f} tokens/s; the busiest had {max(uneven, 0):.2%} more than the mean"
@@ -297,7 +297,7 @@ def _extract(
     encoded = encode_prompts(model.tokenizer, prompts, context)
     plan = Plan(encoded, spec.positions, spec.tokens_per_batch, spec.batches_per_shard)
     into = folder / f"pass-{digest([str(site) for site in sites])}"
-    into.mkdir(exist_ok=True)
+    into.mkdir(parents=True, exist_ok=True)  # whichever process comes first
     writer = ActivationWriter(into, plan.shards, key, spec.dtype)
     extractor = Extractor(model, sites, plan, writer, [prompt.id for prompt in prompts])
     options: dict[str, Any] = {
@@ -310,8 +310,7 @@ def _extract(
     if options.get("enable_progress_bar", True):
         plural = "site" if len(sites) == 1 else "sites"
         callbacks.append(_Progress(f"extracting {model.role}, {len(sites)} {plural}"))
-    # What correctness rests on is not the user's to set. Without inference mode, no buffer that the model
-    # makes on the way is left unusable for gradients.
+    # What correctness rests on is not the user's to set. Buffers made in inference mode have no gradients.
     options |= {
         "logger": False,
         "enable_checkpointing": False,
@@ -328,7 +327,8 @@ def _extract(
         trainer.predict(extractor, return_predictions=False)
     trainer.strategy.barrier("shards")
     if trainer.is_global_zero:
-        log.info(extractor.report())
+        if extractor.started:  # an interrupted run may have left nothing but the manifest to write
+            log.info(extractor.report())
         writer.finish()
     trainer.strategy.barrier("manifest")
 

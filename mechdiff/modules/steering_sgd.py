@@ -153,6 +153,7 @@ class SteeringSubspaceSGD(SteeringSubspace):
         self.solve()
         with torch.no_grad():
             for site, part in enumerate(self.trained):
+                assert isinstance(part, _Rotating)
                 part.start(self.basis_paired_svd[site])
                 self.unit[site] = self.rows("train", site).change.square().sum(-1).mean()
         for split in ("train", "val"):
@@ -264,5 +265,5 @@ class _Rotating(nn.Module):
 
     def start(self, basis: Tensor) -> None:
         """Take on a basis, in place: assigned to `weight`, it would take the gradients out of DDP."""
-        kept: Any = self.parametrizations["weight"]
+        kept: Any = self.get_submodule("parametrizations.weight")
         kept.original.copy_(kept[0].right_inverse(basis))

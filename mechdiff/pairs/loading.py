@@ -152,7 +152,7 @@ def load_model(
     model.requires_grad_(False).eval()
     if place is None:
         model.to(device)  # type: ignore[arg-type]
-    return _probed(role, model, tokenizer, identity)
+    return probed(role, model, tokenizer, identity)
 
 
 def _read(folder: Path, dtype: torch.dtype, key: str, place: dict[str, str] | None) -> PreTrainedModel:
@@ -222,10 +222,20 @@ def _adapted(model: PreTrainedModel, folder: Path, key: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _probed(
+def probed(
     role: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: str
 ) -> LoadedModel:
-    """Run two tokens and read off the shapes instead of trusting the config."""
+    """Describe a frozen model: run two tokens and read off the shapes instead of trusting the config.
+
+    Args:
+        role: ``base``, ``tuned`` or ``reference``.
+        model: The model.
+        tokenizer: Its tokenizer.
+        identity: Hash of its weights and config.
+
+    Raises:
+        PairError: If its logits are not finite.
+    """
     depth = len(get_blocks(model))
     ids = torch.arange(2, device=model.device)[None]
     sites = [Site(depth - 1), Site(0, "head_z")]

@@ -403,3 +403,14 @@ def test_what_every_prompt_begins_with_is_run_once(tmp_path):
     rows = (store.rows.example == 3).nonzero().flatten()
     whole = states[Site(2)][0, store.rows.position[rows]]
     torch.testing.assert_close(store.read(Site(2), rows), whole, atol=1e-6, rtol=0)
+
+
+def test_a_run_that_only_has_to_write_the_manifest(whole, tmp_path, caplog):
+    root = tmp_path / "stores"
+    shutil.copytree(whole, root)
+    next(root.glob("*/pass-*/manifest.json")).unlink()
+    with caplog.at_level(logging.INFO, "mechdiff"):
+        store = extract(root)
+    assert [str(site) for site in store.sites] == job.SITES
+    assert shards(root) == shards(whole)
+    assert "tokens/s" not in caplog.text

@@ -1,4 +1,4 @@
-"""A fit by gradient descent, as a script: `python -m tests.modules.descent_job KIND FOLDER PROCESSES [ACCELERATOR]`.
+"""A fit by descent, as a script: `python -m tests.modules.descent_job KIND FOLDER PROCESSES [ACCELERATOR]`.
 
 Each process takes its share of the same rows per step, so any number of them takes the same steps.
 """
