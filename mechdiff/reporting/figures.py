@@ -17,6 +17,7 @@ from mechdiff.reporting.grafts import plot_graft_bars
 from mechdiff.reporting.handles import plot_head_paths, plot_monitor, plot_transfer_matrix
 from mechdiff.reporting.head_churn import plot_head_churn
 from mechdiff.reporting.head_curves import RANKINGS, plot_cumulative, plot_head_overlap, plot_head_truth
+from mechdiff.reporting.head_grafts import plot_head_grafts
 from mechdiff.reporting.heads import plot_head_maps
 from mechdiff.reporting.plotting import plot_clt_bars, plot_patch_bars
 from mechdiff.reporting.steering import EDITS, plot_alpha_curves, plot_effect_vs_k
@@ -71,6 +72,11 @@ FIGURES: dict[str, tuple[str, Plot, list[dict[str, Any]]]] = {
         "head_cumulative.png",
         plot_cumulative,
         [{"quantity": "cumulative_effect", "of": "all_heads"}],
+    ),
+    "head_grafts": (
+        "head_grafts.png",
+        plot_head_grafts,
+        [{"question": "rq4", "quantity": "graft_recovery"}],
     ),
     "head_truth": (
         "head_truth.png",

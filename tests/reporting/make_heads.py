@@ -13,7 +13,7 @@ Figures draw the combination of the first ``head_attribution`` of the pair, so t
 |---|---|---|
 | head_attribution | head; model base, tuned, pair (tuned − base) | method ``patch``: group ``attribution`` or ``random`` |
 | head_own_change | head | metric ``norm`` or the target; kind ``own`` or ``inherited`` |
-| graft_recovery | head | |
+| graft_recovery | head | method ``graft``, baseline ``weights``, metric ``recovery``; group: heads that change with it |
 | completeness_error | head_out.<layer> without head, per model | |
 | churn_p | head: family-wise p of one head | |
 | churn | share; controls label_swap (pair), split_half (base, tuned): mean, 5th to 95th percentile of draws | rule ``bound``: floor, floor_from ``seed``, ``label_swap``, ``curve``; rule ``z``: floor 2.0, flag grows_with_n |
@@ -92,6 +92,14 @@ def _heads(rng: random.Random) -> list[Record]:
             own = abs(change) if (layer, head) in CHANGED else 0.0
             own_norm = {"params": {**name, "metric": "norm", "kind": "own"}, "unit": "fraction"}
             found.append(_record("head_own_change", own, 0.1 * own, site=where["site"], **own_norm))
+            whole = {"params": {**name, "metric": "norm", "kind": "inherited"}, "unit": "fraction"}
+            found.append(_record("head_own_change", own + 0.05, 0.02, site=where["site"], **whole))
+            if own or (layer % 4, head) == (0, 2):
+                group = [f"{layer}.{h}" for h in range(head - head % 3, head - head % 3 + 3)]
+                graft = {**name, "method": "graft", "baseline": "weights", "metric": "recovery"}
+                about: dict[str, Any] = {"site": where["site"], "params": {**graft, "group": group}}
+                value = None if layer == 28 else 0.3 * own
+                found.append(_record("graft_recovery", value, 0.04, **about))
             found.append(_record("churn_p", 0.001 if own else 0.4, site=where["site"], unit="p", params=name))
         missed = layer in (0, 1)
         for model in ("base", "tuned"):

@@ -14,6 +14,7 @@ from mechdiff.errors import ConfigError
 from mechdiff.reporting.figures import drawable
 from mechdiff.reporting.head_churn import plot_head_churn
 from mechdiff.reporting.head_curves import plot_cumulative, plot_head_overlap, plot_head_truth
+from mechdiff.reporting.head_grafts import plot_head_grafts
 from mechdiff.reporting.heads import by_head, how, plot_head_maps
 from mechdiff.reporting.table import tables
 from mechdiff.reporting.tensorboard import log_results, tagged
@@ -21,7 +22,14 @@ from mechdiff.results import Results
 from tests.reporting.make_heads import CHANGED, HEADS, KS, LAYERS, MAIN, head_run, identical_run
 from tests.reporting.test_tensorboard import read
 
-PLOTS = [plot_head_maps, plot_head_churn, plot_head_overlap, plot_cumulative, plot_head_truth]
+PLOTS = [
+    plot_head_maps,
+    plot_head_churn,
+    plot_head_overlap,
+    plot_cumulative,
+    plot_head_truth,
+    plot_head_grafts,
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +61,7 @@ def test_nothing_to_draw_is_said(plot) -> None:
 
 
 def test_a_run_offers_its_figures(results: Results) -> None:
-    own = {"head_maps", "head_churn", "head_overlap", "head_cumulative", "head_truth"}
+    own = {"head_maps", "head_churn", "head_overlap", "head_cumulative", "head_truth", "head_grafts"}
     assert {name for name, *_ in drawable(results)} == own
 
 
@@ -168,6 +176,18 @@ def test_estimates_are_paired_with_the_truth_of_their_head(results: Results) -> 
     assert "top-20 overlap = 0.90 [0.82, 0.98]" in texts(figure)
     one = Results([r for r in results if r.params.get("method") != "patch" or r.model == "tuned"])
     assert plot_head_truth(one).axes[1].get_title("left") == "The same, near 0"
+
+
+def test_grafts_stand_in_the_order_of_own_change(results: Results) -> None:
+    figure = plot_head_grafts(results)
+    upper, lower = figure.axes
+    changed = sorted(CHANGED, key=lambda place: -abs(CHANGED[place]))
+    labels = [t.get_text() for t in lower.get_xticklabels()]
+    assert labels[: len(changed)] == [f"{layer}.{head}" for layer, head in changed]
+    assert bars(upper)[: len(changed)] == pytest.approx([0.3 * abs(CHANGED[place]) for place in changed])
+    assert bars(lower)[: len(changed)] == pytest.approx([abs(CHANGED[place]) for place in changed])
+    assert texts(figure).count("gap too small") == 1
+    assert "share keys and values" in texts(figure)
 
 
 def test_the_table_says_what_changed(results: Results) -> None:
