@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
+from mechdiff.config import HEAD_Z, LEVEL
 from mechdiff.errors import ConfigError
 from mechdiff.reporting.divergence import DPI, WIDTH, caption, finish
 from mechdiff.reporting.heads import NULLS, Place, by_head, floors_of, how, lower_bound, place_of, said
@@ -99,13 +100,19 @@ def rules_of(results: Results) -> dict[str, list[Record]]:
     }
     for r in results.select(question="rq4", quantity="churn"):
         name = r.params.get("floor_from") or r.params.get("rule")
-        found.setdefault(str(name), []).append(r)
+        for rule in (name,) if name else ("seed", "label_swap", "z"):  # nothing was judged
+            found.setdefault(rule, []).append(r)
     main = how(results) if found else {}
     kept = {
         name: [r for r in found.get(name, []) if main.items() <= r.params.items() and "of" not in r.params]
         for name in RULES
     }
     return {name: records for name, records in kept.items() if records}
+
+
+def label_of(rule: str, records: Sequence[Record]) -> str:
+    """Return the label of a rule, with its level."""
+    return RULES[rule].format(**{"level": 1 - LEVEL, "floor": HEAD_Z, **records[0].params})
 
 
 def _largest(
@@ -174,7 +181,7 @@ def _rules(axes: Axes, results: Results) -> None:
             for number, r in enumerate(nulls):
                 x = i + 0.14 * (j + 1) + 0.12 * (number + j) - 0.1
                 _null(axes, x, r, name)
-    labels = [RULES[name].format(**found[0].params) for name, found in bars.items()]
+    labels = [label_of(name, found) for name, found in bars.items()]
     axes.set_xticks(range(len(bars)), labels, fontsize=6.5)
     axes.set_xlim(-0.6, max(len(bars), 1) - 0.4)
     axes.set_ylim(0, max(1.15 * axes.get_ylim()[1], 5))

@@ -140,7 +140,7 @@ def plot_head_truth(results: Results, out: str | Path | None = None) -> Figure:
     with rc_context({**STYLE, "axes.grid.axis": "both"}):
         columns = 2 if len(exchanges) < 3 else 3
         rows = -(-len(exchanges) // columns)
-        size = (WIDTH, 0.8 + rows * (3.9 if columns == 2 else 2.9))
+        size = (WIDTH, 0.8 + rows * (3.7 if columns == 2 else 2.6))
         figure = Figure(figsize=size, dpi=DPI, layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, exchange in zip(panels, exchanges, strict=False):
@@ -270,8 +270,8 @@ def _scatter(
     for r in results.select(quantity="truth_overlap", control="none", **where):
         lines.append(f"top-{r.params['k']} overlap = {_with_ends(r)}")
     if not near:
-        style: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "fontsize": 7}
-        axes.text(0.03, 0.97, "\n".join(lines), **style)
+        style: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "fontsize": 7}
+        axes.text(0.97, 0.03, "\n".join(lines), **style)
 
 
 def _with_ends(record: Record) -> str:

@@ -7,7 +7,7 @@ from rich.table import Table
 from mechdiff.errors import ConfigError
 from mechdiff.reporting.cells import counts, find, layer, pair_name, positions_of, sites_of
 from mechdiff.reporting.divergence import BEHAVIOURS, DIRECTIONS, MODELS, behaviours, curve
-from mechdiff.reporting.head_churn import ONE_SIBLING, RULES, rules_of
+from mechdiff.reporting.head_churn import ONE_SIBLING, label_of, rules_of
 from mechdiff.results import Record, Results
 
 HEAD_NUMBERS = {
@@ -104,7 +104,7 @@ def head_table(results: Results) -> Table:
     nulls = [("label_swap", "pair"), ("split_half", "base"), ("split_half", "tuned")]
     for name, cells in rules_of(results).items():
         by = {(r.control, r.model): r for r in cells}
-        label = RULES[name].format(**cells[0].params).replace("\n", " ")
+        label = label_of(name, cells).replace("\n", " ")
         row = [_number(by[key], ".3f") if key in by else "" for key in nulls]
         table.add_row(label, _cell(by.get(("none", "pair")), ".3f"), *row)
     lines = ["[ ]: 95 % interval over prompts. Nulls: mean over draws."]

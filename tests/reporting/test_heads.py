@@ -16,7 +16,7 @@ from mechdiff.reporting.head_churn import plot_head_churn
 from mechdiff.reporting.head_curves import plot_cumulative, plot_head_overlap, plot_head_truth
 from mechdiff.reporting.head_grafts import plot_head_grafts
 from mechdiff.reporting.heads import by_head, how, plot_head_maps
-from mechdiff.reporting.table import tables
+from mechdiff.reporting.table import head_table, tables
 from mechdiff.reporting.tensorboard import log_results, tagged
 from mechdiff.results import Results
 from tests.reporting.make_heads import CHANGED, HEADS, KS, LAYERS, MAIN, head_run, identical_run
@@ -140,6 +140,18 @@ def test_identical_models_have_no_bar_and_no_share_of_nothing() -> None:
     curves = texts(plot_cumulative(same))
     assert curves.count("gap too small") == 3
     assert not np.asarray(plot_head_maps(same).axes[2].images[0].get_array()).any()
+
+
+def test_too_few_prompts_are_named_in_place_of_every_bar(results: Results) -> None:
+    lost = {"value": None, "low": None, "high": None, "reason": "too_few_prompts", "params": MAIN}
+    kept = [r for r in results if not r.quantity.startswith("churn")]
+    record = results.select(quantity="churn")[0]
+    kept += [replace(record, quantity=q, **lost) for q in ("churn", "churn_p", "churn_bh")]
+    few = Results(kept)
+    figure = plot_head_churn(few)
+    assert texts(figure).count("too few prompts") == 5
+    assert bars(figure.axes[1]) == []
+    assert head_table(few).row_count == 5
 
 
 def test_rankings_stand_beside_chance_and_halves(results: Results) -> None:
