@@ -141,7 +141,7 @@ def plot_head_truth(results: Results, out: str | Path | None = None) -> Figure:
     with rc_context({**STYLE, "axes.grid.axis": "both"}):
         columns = 2 if len(exchanges) < 3 else 3
         rows = -(-len(exchanges) // columns)
-        size = (WIDTH, 0.8 + rows * (3.7 if columns == 2 else 2.9))
+        size = (WIDTH, 0.8 + rows * (4.1 if columns == 2 else 2.9))
         figure = Figure(figsize=size, dpi=DPI, layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, exchange in zip(panels, exchanges, strict=False):
