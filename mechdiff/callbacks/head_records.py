@@ -111,6 +111,13 @@ class HeadRecords:
             about = self.about(method, baseline, said(head), **more)
             yield estimated(quantity, means.at(i), {**about, "model": model, "unit": unit})
 
+    def per_edge(self, table: Tensor, names: Sequence[str], baseline: str, model: str) -> Iterator[Record]:
+        """Yield the mean of every edge over prompts, `(prompts, edges)`."""
+        means = bootstrap_means(table, generator=self.draws("edges", model))
+        for i, name in enumerate(names):
+            about = self.about("attribution_patching", baseline, of="edges", edge=name)
+            yield estimated("head_attribution", means.at(i), {**about, "model": model})
+
     def judged(
         self, base: Tensor, tuned: Tensor, baseline: str, names: Sequence[str], of: str
     ) -> Iterator[Record]:
@@ -159,12 +166,12 @@ class HeadRecords:
         by_chance = {"topk_overlap": chance_overlap, "jaccard": chance_jaccard}
         for quantity, values in (("topk_overlap", found.overlap), ("jaccard", found.jaccard)):
             for i, k in enumerate(ks):
-                cell = _with(about, k=k)
+                cell = with_params(about, k=k)
                 yield estimated(quantity, values.at(i), cell)
                 level = by_chance[quantity](count, k)._replace(n=len(base))
                 yield estimated(quantity, level, {**cell, "control": "chance"})
                 yield from self._half(quantity, half.get((quantity, k)), cell, len(base))
-        cell = _with(about, persistence=RBO_PERSISTENCE)
+        cell = with_params(about, persistence=RBO_PERSISTENCE)
         yield estimated("rbo", found.rbo.at(0), cell)
         yield Record(quantity="rbo", value=chance_rbo(count), n=len(base), **{**cell, "control": "chance"})
         yield from self._half("rbo", half.get(("rbo", 0)), cell, len(base))
@@ -194,7 +201,7 @@ class HeadRecords:
         }
         for i, rule in enumerate(rules):
             flags = (*about["flags"], "grows_with_n") if rule["rule"] == "z" else about["flags"]
-            cell = {**_with(about, **rule), "flags": flags, "unit": "fraction"}
+            cell = {**with_params(about, **rule), "flags": flags, "unit": "fraction"}
             yield estimated("churn", found.at(i), cell)
             yield _null("churn", swapped, i, len(d), {**cell, "control": "label_swap"})
             for role, null in halves.items():
@@ -207,10 +214,10 @@ class HeadRecords:
         signs = random_signs(NULL_DRAWS, len(d), self.draws("concentration", "swapped"))
         swapped = torch.stack([_holding((d * sign[:, None]).mean(0)) for sign in signs])
         for i, share in enumerate(SHARES):
-            yield estimated("concentration", found.at(i), _with(about, share=share))
+            yield estimated("concentration", found.at(i), with_params(about, share=share))
             low, high = (swapped[:, i].quantile(q).item() for q in (0.05, 0.95))
             null = Interval(swapped[:, i].mean().item(), low, high, len(d))
-            cell = {**_with(about, share=share, draws=NULL_DRAWS), "control": "label_swap"}
+            cell = {**with_params(about, share=share, draws=NULL_DRAWS), "control": "label_swap"}
             yield estimated("concentration", null, cell)
 
     def _half(
@@ -218,9 +225,9 @@ class HeadRecords:
     ) -> Iterator[Record]:
         if values:
             x = torch.tensor(values, dtype=torch.float64)
-            ends = (x.quantile(q).item() for q in (0.05, 0.95))
-            cell = {**_with(about, draws=len(values)), "control": "split_half", "model": "base"}
-            yield estimated(quantity, Interval(x.mean().item(), *ends, n), cell)
+            low, high = (x.quantile(q).item() for q in (0.05, 0.95))
+            cell = {**with_params(about, draws=len(values)), "control": "split_half", "model": "base"}
+            yield estimated(quantity, Interval(x.mean().item(), low, high, n), cell)
 
 
 def site(head: str) -> str:
@@ -237,10 +244,11 @@ def _holding(means: Tensor) -> Tensor:
     return (torch.searchsorted(sizes, wanted) + 1).double()
 
 
-def _with(about: dict[str, Any], **params: Any) -> dict[str, Any]:
+def with_params(about: dict[str, Any], **params: Any) -> dict[str, Any]:
+    """Add parameters to the attributes of a record."""
     return {**about, "params": {**about["params"], **params}}
 
 
 def _null(quantity: str, found: NullShares, index: int, n: int, about: dict[str, Any]) -> Record:
-    value = Interval(*(part[index].item() for part in found[:3]), n)
-    return estimated(quantity, value, _with(about, draws=found.draws))
+    value, low, high = (part[index].item() for part in (found.mean, found.low, found.high))
+    return estimated(quantity, Interval(value, low, high, n), with_params(about, draws=found.draws))
