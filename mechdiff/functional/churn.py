@@ -91,7 +91,7 @@ def head_churn(
     >>> churn.bound.tolist(), churn.p_max.tolist(), churn.floor < 1
     ([1.0, 0.0], [0.0078125, 1.0], True)
     """
-    d = paired(base, tuned)
+    d = checked(paired(base, tuned))
     difference = bootstrap_means(d, generator=generator, draws=draws, level=level)
     flips = sign_flip(d, generator=generator)
     floor = swap_floor(d, generator=generator, draws=draws, level=level)

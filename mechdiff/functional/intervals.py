@@ -8,7 +8,9 @@
    what noise shifts, such as the number of heads above a threshold or the overlap of two rankings: a resample
    carries the noise of the prompts twice, and its percentiles may exclude the estimate itself. The target is
    then the expected value at this number of prompts.
-4. Rows are put in an order that depends neither on that of the prompts nor on that of the columns.
+4. `hull`: from the lower of the percentile and the centred ends to the upper, for what noise shifts and what
+   takes few values, such as the overlap of two sets of five.
+5. Rows are put in an order that depends neither on that of the prompts nor on that of the columns.
 
 Source: Efron, Journal of the American Statistical Association 82 (1987) 171 (BCa).
 """
@@ -86,7 +88,7 @@ def bootstrap_means(
     generator: torch.Generator,
     draws: int = BOOTSTRAP_DRAWS,
     level: float = LEVEL,
-    method: Literal["bca", "percentile", "centred"] | None = None,
+    method: Literal["bca", "percentile", "centred", "hull"] | None = None,
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Intervals:
     """Estimate functions of column means and their bootstrap intervals over prompts.
@@ -101,7 +103,7 @@ def bootstrap_means(
         draws: Number of resamples.
         level: Coverage.
         method: By default `bca` below `BCA_BELOW` prompts, else `percentile`.
-        bounds: Least and greatest possible value, for `centred`.
+        bounds: Least and greatest possible value, for `centred` and `hull`.
 
     Raises:
         FitError: If there are fewer than 2 prompts.
@@ -115,13 +117,16 @@ def bootstrap_means(
     total = table.sum(0, keepdim=True)
     value = apply(total / n)[0]
     drawn = apply(resample(table, draws, generator) / n)
+    around = centred(value, drawn, n, level, bounds)
     if method == "centred":
-        return centred(value, drawn, n, level, bounds)
+        return around
     tails = torch.tensor([[(1 - level) / 2], [(1 + level) / 2]], dtype=torch.float64)
     tails = tails.expand(2, len(value))
     if method == "bca" or (method is None and n < BCA_BELOW):
         tails = _corrected(tails, value, drawn, apply((total - table) / (n - 1)))
     low, high = _ends(drawn, tails)
+    if method == "hull":
+        low, high = torch.minimum(low, around.low), torch.maximum(high, around.high)
     return Intervals(value, low, high, n)
 
 
