@@ -42,8 +42,8 @@ from mechdiff.pairs.fairness import restrict_logits
 from mechdiff.pairs.loading import LoadedPair
 
 METRICS = ("logit_diff", "logprob_correct", "refusal_logodds", "kl_other")
-LEAST = 4
-"""Prompts needed before anything is said about heads."""
+LEAST = 2
+"""Prompts without which nothing has an interval."""
 
 
 @dataclass(frozen=True)
@@ -238,10 +238,9 @@ def find_cases(pair: LoadedPair, prompts: Sequence[Prompt], metric: str | None, 
     base, tuned = two_sides(pair, asked, engines)
     others = dict(zip(("base", "tuned"), two_sides(pair, against, engines), strict=True))
     cases = Cases(asked, name, metric, {"base": base, "tuned": tuned}, others)
+    cases.log_p = {role: read_ends(side, []).log_p for role, side in cases.sides.items()}
     if metric in ("logprob_correct", "refusal_logodds"):
         cases.graded = [next(g for g in grades(p, openings) if g.metric == metric) for p in asked]
-    else:
-        cases.log_p = {role: read_ends(side, []).log_p for role, side in cases.sides.items()}
     return cases
 
 

@@ -1,7 +1,7 @@
-"""What changed in a head itself: base's weights on tuned's own input, and base's weights of one head in tuned.
+"""What changed in a head itself: base's weights on tuned's own input, and grafts of one head's weights.
 
 1. Own change is 0 for an unedited head and needs no alignment. Its effect on the number is known to first
-   order for every head and exactly for the largest: there it is a graft with keys and values of the head's own.
+   order for every head, and exactly for the largest: a graft with keys and values for this head alone.
 2. A graft of weights shares keys and values with the head's group, whose other heads change with it.
 3. What a head inherits, the whole difference of its contribution between the two runs, stands beside it.
 """
@@ -64,11 +64,8 @@ class HeadChanges:
             return
         for kind, name in (("own", "weights"), ("inherited", "other_model")):
             norms = self.tables.norms[kind]
-            more: dict[str, Any] = {"kind": kind, "of": "norm", "unit": "fraction"}
-            for record in self.records.per_head(norms, "head_own_change", "graft", name, "pair", **more):
-                record.params["metric"] = "norm"
-                del record.params["of"]
-                yield record
+            more: dict[str, Any] = {"kind": kind, "metric": "norm", "unit": "fraction"}
+            yield from self.records.per_head(norms, "head_own_change", "graft", name, "pair", **more)
             table = self.tables.attribution[("tuned", name)]
             yield from self.records.per_head(
                 table, "head_own_change", "attribution_patching", name, "pair", kind=kind
@@ -109,8 +106,7 @@ class HeadChanges:
             ratio: Makes the record of 1 − a ratio of means.
         """
         heads = [self.tables.names()[i] for i in columns]
-        about = self.records.about("graft", "weights")
-        del about["params"]["metric"]
+        about = self.records.about("graft", "weights", metric="recovery")
         rows, noise = [], []
         try:
             for index in self.track(steps, "grafts"):
@@ -125,13 +121,9 @@ class HeadChanges:
         table, floor = torch.stack(rows), sum(noise) / len(noise)
         tuned = self.pair.tuned.model
         for place, head in enumerate(heads):
-            params = {
-                "direction": "base_into_tuned",
-                "group": [said((head[0], h)) for h in group(tuned, head[1])],
-            }
-            cell = self.records.about("graft", "weights", said(head), **params)
-            cell["params"]["metric"] = "recovery"
-            cell |= {"unit": "fraction", "model": "pair"}
+            shared = [said((head[0], h)) for h in group(tuned, head[1])]
+            params = {"metric": "recovery", "direction": "base_into_tuned", "group": shared}
+            cell = {**self.records.about("graft", "weights", said(head), **params), "unit": "fraction"}
             yield ratio(table[:, 1 + place], table[:, 0], floor, "graft_recovery", **cell)
 
     def _grafted(self, index: int, heads: Sequence[Head]) -> tuple[Tensor, float]:

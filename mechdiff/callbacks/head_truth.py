@@ -29,6 +29,7 @@ from mechdiff.modules.base import estimated, missing
 from mechdiff.results import Record
 
 TOP_OVERLAP = 20
+_LEAST_HEADS = 3
 
 
 class HeadTruth:
@@ -99,6 +100,9 @@ class HeadTruth:
         for group in ("all", *groups):
             picked = [p for p, c in enumerate(columns) if group in ("all", member[c])]
             cell = with_params({**about, "unit": "correlation", "rows": len(picked)}, group=group)
+            if len(picked) < _LEAST_HEADS:
+                yield missing("truth_r", "too_few_heads", {**cell, "n": len(steps)})
+                continue
             try:
                 r = correlation_of_means(
                     guess[:, picked], exact[:, picked], generator=self.records.draws("r", role, name, group)

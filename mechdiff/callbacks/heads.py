@@ -128,9 +128,9 @@ class Heads(CausalEvaluation):
         for name in (main, "zero", "mean", "other_model"):
             yield from records.attributions(name)
         if tables.apart is None:
-            both = [tables.attribution[role, main] for role in ROLES]
-            yield from records.judged(*both, main, [said(h) for h in tables.names()], "heads")
-            yield from records.rankings(*both, main)
+            base, tuned = (tables.attribution[role, main] for role in ROLES)
+            yield from records.judged(base, tuned, main, [said(h) for h in tables.names()], "heads")
+            yield from records.rankings(base, tuned, main)
         yield from self._noise(cases, records)
         changes = HeadChanges(records, pair, self.track)
         yield from changes.every()
