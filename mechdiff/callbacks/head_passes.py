@@ -29,8 +29,7 @@ def effects(case: Case, baseline: Baseline, heads: Sequence[Head]) -> Tensor:
         baseline: What is put in a head's place, in the columns of the whole batch.
         heads: Which heads.
     """
-    batch, given = case.short, case.shortened(baseline)
-    batch = _placed(case, batch)
+    batch, given = _placed(case, case.short), case.shortened(baseline)
     states = clean_states(case.side.loaded.model, batch, sorted({layer for layer, _ in heads}))
     clean = float(case.score(states.logits))
     found: dict[Head, float] = {}

@@ -142,8 +142,8 @@ class HeadTruth:
         ks = grid_counts(count)
         draws = self.records.draws("orders")
         every = [order, *(torch.randperm(count, generator=draws) for _ in range(orders))]
-        sets = torch.zeros(len(every) * (len(ks) - 1) + 1, count, dtype=torch.bool)
-        sets[-1] = True  # all heads, the same in every order
+        sets = torch.zeros(len(every) * (len(ks) - 1) + 2, count, dtype=torch.bool)
+        sets[-1] = True  # all heads, the same in every order; before it none
         for row, (chosen, k) in enumerate((o, k) for o in every for k in ks[:-1]):
             sets[row, chosen[:k]] = True
         rows = []
@@ -153,25 +153,32 @@ class HeadTruth:
             rows.append(joint_scores(case, given, sets.unflatten(1, (len(layers), -1)), layers))
         scores = torch.stack(rows)  # (prompts, sets)
         whole = scores[:, -1:]
-        curves = scores[:, :-1].unflatten(1, (len(every), -1))
+        curves = scores[:, :-2].unflatten(1, (len(every), -1))
         curves = torch.cat([curves, whole[:, None].expand(-1, len(every), -1)], 2)  # (prompts, orders, ks)
-        clean = {role: self.tables.scores[role][list(steps)] for role in ("base", "tuned")}
         flags = () if apart else ("ranked_on_the_same_prompts",)
-        yield from self._curves(clean, curves, ks, flags)
+        base, tuned = (self.tables.scores[role][list(steps)] for role in ("base", "tuned"))
+        noise = (scores[:, -2] - tuned).abs().mean().item()
+        yield from self._curves(base, scores[:, -2], curves, ks, noise, flags)
 
     def _curves(
-        self, clean: dict[str, Tensor], curves: Tensor, ks: Sequence[int], flags: tuple[str, ...]
+        self,
+        base: Tensor,
+        none: Tensor,
+        curves: Tensor,
+        ks: Sequence[int],
+        noise: float,
+        flags: tuple[str, ...],
     ) -> Iterator[Record]:
         about = {**self.records.about("patch", "other_model"), "unit": "fraction", "model": "tuned"}
         about["flags"] = (*about["flags"], *flags)
-        none, count, n = clean["tuned"], ks[-1], len(curves)
+        count, n = ks[-1], len(curves)
         effect = bootstrap_means((none - curves[:, 0, -1])[:, None], generator=self.records.draws("gap")).at(
             0
         )
         cell = with_params({**about, "unit": "nats"}, k=count, of="effect")
         yield estimated("cumulative_effect", effect, cell)
         size = effect if effect.value >= 0 else effect._replace(value=-effect.value, low=-effect.high)
-        if not measurable(size):
+        if not measurable(size, noise):
             for k in ks:
                 cell = with_params({**about, "n": n}, k=k, of="all_heads")
                 yield missing("cumulative_effect", "gap_too_small", cell)
@@ -190,9 +197,9 @@ class HeadTruth:
                 yield estimated("cumulative_effect", curve.at(i), with_params(control, k=k, of="all_heads"))
             yield estimated("cpr", area.at(0), control)
             yield estimated("cmd", area.at(1), control)
-        gap = none - clean["base"]
+        gap = none - base
         cell = with_params(about, k=count, of="gap")
-        if measurable(bootstrap_means(gap[:, None], generator=self.records.draws("full gap")).at(0)):
+        if measurable(bootstrap_means(gap[:, None], generator=self.records.draws("full gap")).at(0), noise):
             share = bootstrap_ratio(
                 none - curves[:, 0, -1], gap, generator=self.records.draws("share of the gap")
             )

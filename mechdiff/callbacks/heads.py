@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mechdiff.callbacks.base import CausalEvaluation, Item, spread
-from mechdiff.callbacks.head_cases import METRICS, Cases, find_cases
+from mechdiff.callbacks.head_cases import LEAST, METRICS, Cases, find_cases
 from mechdiff.callbacks.head_changes import HeadChanges
 from mechdiff.callbacks.head_passes import effects, integrated, short_states
 from mechdiff.callbacks.head_records import HeadRecords
@@ -100,10 +100,11 @@ class Heads(CausalEvaluation):
             "graft_prompts": graft_prompts,
             "together_prompts": together_prompts,
             "edge_prompts": edge_prompts,
-            "drawn": drawn,
-            "orders": orders,
         }
         for name, value in counts.items():
+            if value != 0 and value < LEAST:
+                raise ConfigError(f"{name} is {value}; allowed: 0, or {LEAST} and more (key: {name})")
+        for name, value in {"drawn": drawn, "orders": orders}.items():
             if value < 0:
                 raise ConfigError(f"{name} is {value}; allowed: 0 or more (key: {name})")
         sizes = {"top": top, "steps": steps, "grafted": grafted, "edge_heads": edge_heads}
@@ -168,9 +169,8 @@ class Heads(CausalEvaluation):
                 sums.append(torch.stack([ends for _, ends in found]))
             table, ends = torch.stack(rows), torch.stack(sums).sum(0)
             errors = completeness_error(*ends.unbind(1))
-            if len(few) > 1:
-                method = "integrated_gradients"
-                yield from records.per_head(table, "head_attribution", method, name, role, steps=self.steps)
+            method = "integrated_gradients"
+            yield from records.per_head(table, "head_attribution", method, name, role, steps=self.steps)
             for layer, error in zip(layers, errors.tolist(), strict=True):
                 about = records.about("integrated_gradients", name, steps=self.steps)
                 about |= {
