@@ -20,6 +20,7 @@ _HOMES = {
     "mechdiff.errors": ("UsageError",),
     "mechdiff.extraction.collect": ("collect_last_token_resids",),
     "mechdiff.functional.cka": ("linear_cka", "standardize"),
+    "mechdiff.functional.churn": ("churn_shares", "head_churn"),
     "mechdiff.functional.clt": ("fit_ridge", "map_states"),
     "mechdiff.functional.metrics": ("kl_divergence", "refusal_score"),
     "mechdiff.functional.steering": (
@@ -43,6 +44,7 @@ _HOMES = {
     "mechdiff.pairs.tokenizers": ("SharedVocab", "load_tokenizers", "shared_vocab_maps"),
     "mechdiff.reporting.divergence": ("plot_divergence_curve", "plot_layer_patch"),
     "mechdiff.reporting.grafts": ("plot_graft_bars",),
+    "mechdiff.reporting.head_churn": ("plot_head_churn",),
     "mechdiff.reporting.plotting": ("plot_clt_bars", "plot_patch_bars"),
     "mechdiff.reporting.table": ("summary",),
     "mechdiff.results": ("Record", "Results"),

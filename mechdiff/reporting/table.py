@@ -7,7 +7,19 @@ from rich.table import Table
 from mechdiff.errors import ConfigError
 from mechdiff.reporting.cells import counts, find, layer, pair_name, positions_of, sites_of
 from mechdiff.reporting.divergence import BEHAVIOURS, DIRECTIONS, MODELS, behaviours, curve
+from mechdiff.reporting.head_churn import ONE_SIBLING, label_of, rules_of
 from mechdiff.results import Record, Results
+
+HEAD_NUMBERS = {
+    "topk_overlap": "overlap of the highest heads",
+    "rbo": "rank-biased overlap",
+    "concentration": "heads that hold a share of the change",
+    "cpr": "CPR, area under the cumulative curve",
+    "cmd": "CMD, its distance from 1",
+    "truth_r": "estimate against exact effect, r",
+    "churn_difference": "difference of two pairs",
+}
+"""What is said of heads below their table."""
 
 SHOWN = ("r2", "r2_delta", "cka_debiased", "kl_raw", "kl_mapped")
 
@@ -23,8 +35,9 @@ def tables(results: Results) -> list[Table]:
     """
     questions = {r.question for r in results}
     found = [layer_table(results), behaviour_table(results)] if "rq1" in questions else []
+    found += [head_table(results)] if "rq4" in questions else []
     shown = [table for table in found if table.row_count]
-    if "rq2" in questions or not shown:
+    if "rq2" in questions or not questions:
         shown.append(summary(results))
     return shown
 
@@ -79,6 +92,33 @@ def behaviour_table(results: Results) -> Table:
             table.add_row(
                 quantity.replace("_", " "), name, *(_number(cell.get(model), ".2f") for model in models)
             )
+    return table
+
+
+def head_table(results: Results) -> Table:
+    """Build the table of heads that changed: one row per rule, with its nulls."""
+    table = _table(pair_name(results))
+    table.add_column("heads that changed, by rule", no_wrap=True)
+    for heading in ("share", "labels\nswapped", "halves of\nbase", "halves of\ntuned"):
+        table.add_column(heading, justify="right")
+    nulls = [("label_swap", "pair"), ("split_half", "base"), ("split_half", "tuned")]
+    for name, cells in rules_of(results).items():
+        by = {(r.control, r.model): r for r in cells}
+        label = label_of(name, cells).replace("\n", " ")
+        row = [_number(by[key], ".3f") if key in by else "" for key in nulls]
+        table.add_row(label, _cell(by.get(("none", "pair")), ".3f"), *row)
+    lines = ["[ ]: 95 % interval over prompts. Nulls: mean over draws."]
+    for quantity, said in HEAD_NUMBERS.items():
+        for r in results.select(question="rq4", quantity=quantity, control="none"):
+            if r.params.get("group", "all") == "all" and r.value is not None and "of" not in r.params:
+                cell = " ".join(f"{k} = {r.params[k]}" for k in ("k", "share") if k in r.params)
+                place = f"{r.model}, {r.params['baseline']}" if quantity.startswith("truth") else cell
+                lines.append(f"{said}{f' ({place})' if place else ''}: {_flat(r)}")
+    if table.row_count and any("grows_with_n" in r.flags for r in results.select(quantity="churn")):
+        lines.append("† the share by |z| grows with the number of prompts")
+    if any("one_sibling_per_class" in r.flags for r in results.select(quantity="churn_difference")):
+        lines.append(ONE_SIBLING)
+    table.caption = "\n".join(lines)
     return table
 
 
@@ -155,6 +195,11 @@ def _cell(record: Record | None, form: str) -> str:
     if record is None or record.low is None or record.high is None:
         return text
     return f"{text}\n\\[{_signed(record.low, form)}, {_signed(record.high, form)}]"
+
+
+def _flat(record: Record) -> str:
+    form = ".0f" if record.unit == "heads" else ".2f"
+    return _cell(record, form).replace("\n", " ").replace("†", "")
 
 
 def _signed(value: float, form: str) -> str:
