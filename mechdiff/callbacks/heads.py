@@ -43,7 +43,7 @@ from mechdiff.modules.base import DiffModule
 from mechdiff.pairs.loading import LoadedPair
 from mechdiff.results import Record
 
-EXCHANGES = ("tuned/other_model", "base/other_model", "tuned/counterfactual", "tuned/zero", "tuned/mean")
+EXCHANGES = ("tuned/other_model", "base/other_model", "tuned/zero", "tuned/mean")
 
 
 class Heads(CausalEvaluation):
@@ -53,8 +53,10 @@ class Heads(CausalEvaluation):
         metric: The number read from the models, of ``METRICS``; by default log P(correct) for a cognitive
             pair with problems, else the difference of logits.
         max_prompts: Prompts whose heads are attributed; None takes all.
-        exchanges: Exact exchanges, ``<model patched>/<baseline>``, some of ``EXCHANGES``.
-        exact_prompts: Prompts on which heads are exchanged exactly, one at a time; 0 leaves this out.
+        exchanges: Further exact exchanges, ``<model patched>/<baseline>``, some of ``EXCHANGES``.
+        truth_prompts: Prompts on which single heads of tuned are exchanged for those of the counterfactual,
+            the truth beside the main attribution; 0 leaves this out.
+        exact_prompts: Prompts of the other exact exchanges; 0 leaves them out.
         top: Heads with the largest attribution that are exchanged.
         drawn: Heads drawn from the rest.
         steps: Nodes of integrated gradients.
@@ -75,14 +77,15 @@ class Heads(CausalEvaluation):
         metric: str | None = None,
         max_prompts: int | None = 40,
         exchanges: Sequence[str] = EXCHANGES,
-        exact_prompts: int = 16,
+        truth_prompts: int = 32,
+        exact_prompts: int = 8,
         top: int = 32,
         drawn: int = 32,
-        steps: int = 8,
+        steps: int = 6,
         integrated_prompts: int = 2,
         grafted: int = 16,
         graft_prompts: int = 8,
-        together_prompts: int = 8,
+        together_prompts: int = 6,
         orders: int = 20,
         edge_heads: int = 20,
         edge_prompts: int = 16,
@@ -95,6 +98,7 @@ class Heads(CausalEvaluation):
                 f"exchanges has {unknown[0]!r}; allowed: {', '.join(EXCHANGES)} (key: exchanges)"
             )
         counts = {
+            "truth_prompts": truth_prompts,
             "exact_prompts": exact_prompts,
             "integrated_prompts": integrated_prompts,
             "graft_prompts": graft_prompts,
@@ -112,7 +116,8 @@ class Heads(CausalEvaluation):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; allowed: 1 or more (key: {name})")
         self.metric, self.max_prompts, self.exchanges = metric, max_prompts, tuple(exchanges)
-        self.exact_prompts, self.top, self.drawn = exact_prompts, top, drawn
+        self.truth_prompts, self.exact_prompts = truth_prompts, exact_prompts
+        self.top, self.drawn = top, drawn
         self.steps, self.integrated_prompts = steps, integrated_prompts
         self.grafted, self.graft_prompts = grafted, graft_prompts
         self.together_prompts, self.orders = together_prompts, orders
@@ -145,12 +150,10 @@ class Heads(CausalEvaluation):
         if self.integrated_prompts:
             yield from self._integrated(cases, records, means)
         truth = HeadTruth(records, means, self.track)
-        if self.exact_prompts:
-            for place in self.exchanges:
-                role, _, name = place.partition("/")
-                name = main if name == "counterfactual" else name
-                few = self._few(cases, self.exact_prompts)
-                yield from truth.single(role, name, few, self.top, self.drawn)
+        for place in (f"tuned/{main}", *self.exchanges):
+            role, _, name = place.partition("/")
+            if most := self.truth_prompts if name == main else self.exact_prompts:
+                yield from truth.single(role, name, self._few(cases, most), self.top, self.drawn)
         if self.together_prompts and tables.apart is None:
             yield from truth.together(self._few(cases, self.together_prompts), self.orders)
         if self.edge_prompts and tables.apart is None and "norm_after_attention" not in tables.flags:

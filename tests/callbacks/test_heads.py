@@ -17,7 +17,14 @@ from tests import toys
 from tests.callbacks.pairs import pair, prompts
 
 FLIPPED = ((0, 1), (2, 3), (2, 0))
-QUICK = {"exact_prompts": 2, "graft_prompts": 2, "together_prompts": 2, "edge_prompts": 6, "orders": 2}
+QUICK = {
+    "truth_prompts": 4,
+    "exact_prompts": 2,
+    "graft_prompts": 2,
+    "together_prompts": 2,
+    "edge_prompts": 6,
+    "orders": 2,
+}
 SMALL = {**QUICK, "top": 4, "drawn": 4, "grafted": 4, "steps": 4, "edge_heads": 4}
 
 
@@ -146,7 +153,13 @@ def test_equal_models_read_0_everywhere() -> None:
 
 def test_rounded_weights_stay_under_the_floor() -> None:
     base = toys.loaded()
-    options = {"exact_prompts": 0, "integrated_prompts": 0, "together_prompts": 0, "edge_prompts": 0}
+    options = {
+        "truth_prompts": 0,
+        "exact_prompts": 0,
+        "integrated_prompts": 0,
+        "together_prompts": 0,
+        "edge_prompts": 0,
+    }
     results = run(base, plant_null(base, "bf16")[0], **options)
     for r in results.select(quantity="churn", floor_from="seed", control="none"):
         assert (r.value, r.high) == (0.0, 0.0)
@@ -161,7 +174,7 @@ def test_models_with_other_heads_are_described_but_not_compared() -> None:
         config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 16
         model = type(tuned.model)(config).eval().requires_grad_(False)
     other = LoadedModel(**{**vars(tuned), "model": model, "num_heads": 2, "head_dim": 16})
-    results = run(base, other, exact_prompts=0, integrated_prompts=0)
+    results = run(base, other, exact_prompts=0, truth_prompts=0, integrated_prompts=0)
     found = {r.model for r in results.select(quantity="head_attribution", baseline="resample")}
     assert found == {"base", "tuned"}
     assert not results.select(quantity="churn")
@@ -173,7 +186,13 @@ def test_too_few_prompts_are_said() -> None:
     base = toys.loaded()
     tuned = plant_heads(base, FLIPPED)[0]
     few = [p for p in prompts(1) if p.lang == "en"][:6]
-    options = {"integrated_prompts": 0, "edge_prompts": 0, "together_prompts": 0, "exact_prompts": 0}
+    options = {
+        "integrated_prompts": 0,
+        "edge_prompts": 0,
+        "together_prompts": 0,
+        "exact_prompts": 0,
+        "truth_prompts": 0,
+    }
     results = run(base, tuned, few, **options)
     assert {r.reason for r in results.select(quantity="churn")} == {"too_few_prompts"}
     with pytest.raises(PromptError, match="1 prompts can be read for logit_diff; allowed: 2 or more"):
