@@ -32,8 +32,9 @@ from mechdiff.data.benchmarks.registry import BENCHMARKS, load_benchmarks
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.metrics import kl_divergence
-from mechdiff.interventions.attribution import Baseline, Batch, Score, clean_states
+from mechdiff.interventions.attribution import Score
 from mechdiff.interventions.head_patching import carried
+from mechdiff.interventions.head_runs import Baseline, Batch, clean_states
 from mechdiff.interventions.hooks import head_weights
 from mechdiff.interventions.likelihood import total_logprobs
 from mechdiff.modules.base import UNTOUCHED

@@ -21,10 +21,10 @@ from mechdiff.callbacks.head_tables import Tables, said
 from mechdiff.errors import PairError
 from mechdiff.functional.intervals import bootstrap_means
 from mechdiff.functional.metrics import kl_divergence
-from mechdiff.interventions.attribution import Baseline, clean_states
 from mechdiff.interventions.head_edges import Head
 from mechdiff.interventions.head_grafts import group, head_graft
 from mechdiff.interventions.head_patching import own_change
+from mechdiff.interventions.head_runs import Baseline, clean_states
 from mechdiff.modules.base import estimated, missing
 from mechdiff.pairs.loading import LoadedPair
 from mechdiff.results import Record

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mechdiff.callbacks.head_cases import Case
-from mechdiff.interventions.attribution import Baseline, Batch, States, clean_states, integrated_gradients
+from mechdiff.interventions.attribution import integrated_gradients
 from mechdiff.interventions.head_edges import Head
 from mechdiff.interventions.head_patching import exchange, patch_heads
+from mechdiff.interventions.head_runs import Baseline, Batch, States, clean_states
 from mechdiff.interventions.hooks import intervene
 
 TOKENS = 2048

@@ -23,8 +23,8 @@ from mechdiff.functional.cumulative import cumulative, grid_counts, random_order
 from mechdiff.functional.intervals import bootstrap_means
 from mechdiff.functional.overlap import chance_overlap, correlation_of_means, ranking_agreement
 from mechdiff.functional.stats import bootstrap_ratio, measurable
-from mechdiff.interventions.attribution import Baseline, clean_states
 from mechdiff.interventions.head_edges import Head
+from mechdiff.interventions.head_runs import Baseline, clean_states
 from mechdiff.modules.base import estimated, missing
 from mechdiff.results import Record
 
@@ -85,6 +85,8 @@ class HeadTruth:
         """
         table = self.tables.attribution.get((role, name))
         if table is None:
+            about = {**self.records.about("patch", name), "model": role, "unit": "correlation"}
+            yield missing("truth_r", self.tables.apart or "not_measured", {**about, "n": len(steps)})
             return
         groups = self.choose(table, top, drawn, role, name)
         columns = [i for part in groups.values() for i in part]

@@ -21,6 +21,7 @@ from torch import Tensor
 from mechdiff.callbacks.base import CausalEvaluation, Item, spread
 from mechdiff.callbacks.head_cases import LEAST, METRICS, Cases, find_cases
 from mechdiff.callbacks.head_changes import HeadChanges
+from mechdiff.callbacks.head_contrast import check_run, contrasted
 from mechdiff.callbacks.head_passes import effects, integrated, short_states
 from mechdiff.callbacks.head_records import HeadRecords
 from mechdiff.callbacks.head_tables import (
@@ -37,10 +38,11 @@ from mechdiff.callbacks.head_truth import HeadTruth
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
 from mechdiff.functional.attribution import COMPLETENESS_LIMIT, completeness_error
-from mechdiff.interventions.attribution import Baseline, clean_states
+from mechdiff.interventions.head_runs import Baseline, clean_states
 from mechdiff.interventions.sites import Site
-from mechdiff.modules.base import DiffModule
+from mechdiff.modules.base import DiffModule, missing
 from mechdiff.pairs.loading import LoadedPair
+from mechdiff.pairs.spec import FilePath
 from mechdiff.results import Record
 
 EXCHANGES = ("tuned/other_model", "base/other_model", "tuned/zero", "tuned/mean")
@@ -67,6 +69,7 @@ class Heads(CausalEvaluation):
         orders: Random orders of heads, the control of the order by attribution.
         edge_heads: Heads whose edges are attributed.
         edge_prompts: Prompts of edges; 0 leaves them out.
+        contrast: Folder of an earlier run on another pair, whose churn is subtracted from this one's.
 
     Raises:
         ConfigError: If a name is unknown or a number out of range.
@@ -89,6 +92,7 @@ class Heads(CausalEvaluation):
         orders: int = 20,
         edge_heads: int = 20,
         edge_prompts: int = 16,
+        contrast: FilePath | None = None,
     ) -> None:
         super().__init__()
         if metric is not None and metric not in METRICS:
@@ -122,6 +126,7 @@ class Heads(CausalEvaluation):
         self.grafted, self.graft_prompts = grafted, graft_prompts
         self.together_prompts, self.orders = together_prompts, orders
         self.edge_heads, self.edge_prompts = edge_heads, edge_prompts
+        self.contrast = None if contrast is None else check_run(contrast)
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
         """Measure every head; nothing fitted is used."""
@@ -133,10 +138,15 @@ class Heads(CausalEvaluation):
         main = cases.counterfactual
         for name in (main, "zero", "mean", "other_model"):
             yield from records.attributions(name)
-        if tables.apart is None:
+        if tables.apart is not None:
+            about = {**records.about("attribution_patching", main), "unit": "fraction"}
+            yield missing("churn", tables.apart, {**about, "n": len(cases.prompts)})
+        else:
             base, tuned = (tables.attribution[role, main] for role in ROLES)
             yield from records.judged(base, tuned, main, [said(h) for h in tables.names()], "heads")
             yield from records.rankings(base, tuned, main)
+            if self.contrast is not None:
+                yield from contrasted(records, pair.spec.name, self.contrast)
         yield from self._noise(cases, records)
         changes = HeadChanges(records, pair, self.track)
         yield from changes.every()
@@ -156,7 +166,7 @@ class Heads(CausalEvaluation):
                 yield from truth.single(role, name, self._few(cases, most), self.top, self.drawn)
         if self.together_prompts and tables.apart is None:
             yield from truth.together(self._few(cases, self.together_prompts), self.orders)
-        if self.edge_prompts and tables.apart is None and "norm_after_attention" not in tables.flags:
+        if self.edge_prompts:
             yield from self._edges(cases, records)
 
     def _integrated(self, cases: Cases, records: HeadRecords, means: dict[str, Baseline]) -> Iterator[Record]:
@@ -192,6 +202,11 @@ class Heads(CausalEvaluation):
     def _edges(self, cases: Cases, records: HeadRecords) -> Iterator[Record]:
         """Yield the attribution of edges in each model and their churn."""
         tables, name = records.tables, cases.counterfactual
+        normed = "norm_after_attention" if "norm_after_attention" in tables.flags else None
+        if reason := tables.apart or normed:
+            about = {**records.about("attribution_patching", name, of="edges"), "unit": "fraction"}
+            yield missing("churn", reason, {**about, "n": len(cases.prompts)})
+            return
         size = torch.stack([tables.attribution[role, name].mean(0).abs() for role in ROLES]).sum(0)
         chosen = size.argsort(descending=True, stable=True)[: self.edge_heads].tolist()
         heads = [tables.names()[i] for i in chosen]

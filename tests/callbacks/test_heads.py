@@ -1,8 +1,11 @@
 """Which heads were rewired: planted heads are found, equal models read 0, other models are described."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -177,9 +180,32 @@ def test_models_with_other_heads_are_described_but_not_compared() -> None:
     results = run(base, other, exact_prompts=0, truth_prompts=0, integrated_prompts=0)
     found = {r.model for r in results.select(quantity="head_attribution", baseline="resample")}
     assert found == {"base", "tuned"}
-    assert not results.select(quantity="churn")
+    assert {r.reason for r in results.select(quantity="churn")} == {"different_heads"}
     (missing,) = results.select(quantity="head_own_change")
     assert missing.reason == "different_heads"
+
+
+def test_the_churn_of_two_pairs_is_contrasted(tmp_path) -> None:
+    quick = dict.fromkeys([*QUICK, "integrated_prompts"], 0) | {"orders": 0}
+    base, callback = toys.loaded(), Heads(**{**SMALL, **quick})
+    both, texts = pair(base, plant_null(base)[0]), prompts(2)
+    callback.connect(lambda: both, texts, 17)
+    with torch.no_grad():
+        Results(callback.evaluate(HeadComparison(), both, texts)).write(tmp_path / "results.json")
+    with pytest.raises(ConfigError, match=r"has no items\.parquet; allowed: the folder of an rq4 run"):
+        Heads(contrast=str(tmp_path))
+    rows = [asdict(item) for item in callback.items]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "items.parquet")
+    results = run(base, toys.loaded(seed=1), contrast=str(tmp_path), **quick)
+    (r,) = results.select(quantity="churn_difference")
+    (share,) = results.select(quantity="churn", floor_from="label_swap", control="none")
+    assert r.value == share.value > 0  # a copied pair has none
+    assert r.low <= r.value <= r.high
+    assert r.n == 16
+    assert r.flags == ("one_sibling_per_class",)
+    pq.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "items.parquet")
+    with pytest.raises(ConfigError, match="whose models have different heads or none"):
+        run(base, plant_null(base)[0], contrast=str(tmp_path), **quick)
 
 
 def test_too_few_prompts_are_said() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mechdiff.errors import PairError, UsageError
-from mechdiff.interventions.attribution import ZERO, Baseline, Batch, States, attribute, clean_states
+from mechdiff.interventions.attribution import attribute
 from mechdiff.interventions.grafts import graft
 from mechdiff.interventions.head_edges import Edge, attribute_edges, edges_among
 from mechdiff.interventions.head_grafts import group, head_graft
@@ -17,6 +17,7 @@ from mechdiff.interventions.head_patching import (
     own_change,
     patch_heads,
 )
+from mechdiff.interventions.head_runs import ZERO, Baseline, Batch, States, clean_states
 from mechdiff.interventions.hooks import head_weights, intervene, record
 from mechdiff.interventions.patching import head_patch_or_zero
 from mechdiff.interventions.sites import Site
