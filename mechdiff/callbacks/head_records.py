@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechdiff.callbacks.head_cases import Cases
 from mechdiff.callbacks.head_tables import ROLES, Tables, said
-from mechdiff.config import HEAD_ABS_DELTA_NAT, HEAD_Z, RBO_PERSISTENCE
+from mechdiff.config import HEAD_ABS_DELTA_NAT, HEAD_ABS_DELTA_PP, HEAD_Z, RBO_PERSISTENCE
 from mechdiff.functional.churn import (
     NullShares,
     churn_shares,
@@ -59,6 +59,11 @@ class HeadRecords:
     def __init__(self, cases: Cases, tables: Tables, seed: int) -> None:
         self.cases, self.tables, self.seed = cases, tables, seed
 
+    @property
+    def unit(self) -> str:
+        """Unit of the number that is read."""
+        return "pp" if self.cases.metric == "refusal" else "nats"
+
     def about(self, method: str, baseline: str, head: str | None = None, **params: Any) -> dict[str, Any]:
         """Return the attributes that records of one kind of measurement have in common."""
         named = {} if head is None else {"head": head}
@@ -66,7 +71,7 @@ class HeadRecords:
             "question": "rq4",
             "split": "eval",
             "positions": "all",
-            "unit": "nats",
+            "unit": self.unit,
             "flags": self.tables.flags,
             "params": {
                 "method": method,
@@ -105,11 +110,20 @@ class HeadRecords:
             model: Of which model.
             **more: Further parameters; `unit` is the unit.
         """
-        unit = more.pop("unit", "nats")
+        unit = more.pop("unit", self.unit)
         means = bootstrap_means(table, generator=self.draws(quantity, model, baseline))
         for i, head in enumerate(self.tables.names("tuned" if model == "pair" else model)):
             about = self.about(method, baseline, said(head), **more)
             yield estimated(quantity, means.at(i), {**about, "model": model, "unit": unit})
+
+    def chosen(
+        self, table: Tensor, names: Sequence[str], method: str, baseline: str, model: str
+    ) -> Iterator[Record]:
+        """Yield the mean of some heads over prompts, `(prompts, heads)`."""
+        means = bootstrap_means(table, generator=self.draws("chosen", method, baseline, model))
+        for i, name in enumerate(names):
+            about = self.about(method, baseline, name, group="attribution")
+            yield estimated("head_attribution", means.at(i), {**about, "model": model})
 
     def per_edge(self, table: Tensor, names: Sequence[str], baseline: str, model: str) -> Iterator[Record]:
         """Yield the mean of every edge over prompts, `(prompts, edges)`."""
@@ -119,7 +133,13 @@ class HeadRecords:
             yield estimated("head_attribution", means.at(i), {**about, "model": model})
 
     def judged(
-        self, base: Tensor, tuned: Tensor, baseline: str, names: Sequence[str], of: str
+        self,
+        base: Tensor,
+        tuned: Tensor,
+        baseline: str,
+        names: Sequence[str],
+        of: str,
+        method: str = "attribution_patching",
     ) -> Iterator[Record]:
         """Yield churn, its nulls and its tests, of heads or edges.
 
@@ -129,9 +149,10 @@ class HeadRecords:
             baseline: What they stand against.
             names: Name of each column.
             of: `heads` or `edges`.
+            method: How they were measured.
         """
         params = {} if of == "heads" else {"of": of}
-        about = self.about("attribution_patching", baseline, **params)
+        about = self.about(method, baseline, **params)
         n = len(base)
         if n < FEWEST:
             for quantity in ("churn", "churn_p", "churn_bh"):
@@ -186,8 +207,9 @@ class HeadRecords:
         """Yield the share of churned heads for every floor, beside what it is where nothing differs."""
         largest = d.mean(0).abs().max().item()
         curve = torch.logspace(-2, 0, CURVE, dtype=torch.float64) * largest if largest > 0 else torch.zeros(0)
+        floor = HEAD_ABS_DELTA_PP if self.unit == "pp" else HEAD_ABS_DELTA_NAT
         rules: list[dict[str, Any]] = [
-            {"rule": "bound", "floor": HEAD_ABS_DELTA_NAT, "floor_from": "seed"},
+            {"rule": "bound", "floor": floor, "floor_from": "seed"},
             {"rule": "bound", "floor": swap_floor, "floor_from": "label_swap"},
             *({"rule": "bound", "floor": x, "floor_from": "curve"} for x in curve.tolist()),
             {"rule": "z", "floor": HEAD_Z},

@@ -14,16 +14,19 @@ and own changes are due to the head's weights; a state patch inherits everything
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mechdiff.callbacks.base import CausalEvaluation, Item, spread
+from mechdiff.callbacks.graded import read_openings
 from mechdiff.callbacks.head_cases import LEAST, METRICS, Cases, find_cases
 from mechdiff.callbacks.head_changes import HeadChanges
 from mechdiff.callbacks.head_contrast import check_run, contrasted
 from mechdiff.callbacks.head_passes import effects, integrated, short_states
 from mechdiff.callbacks.head_records import HeadRecords
+from mechdiff.callbacks.head_refusals import refusal_churn
 from mechdiff.callbacks.head_tables import (
     ROLES,
     Tables,
@@ -69,6 +72,8 @@ class Heads(CausalEvaluation):
         orders: Random orders of heads, the control of the order by attribution.
         edge_heads: Heads whose edges are attributed.
         edge_prompts: Prompts of edges; 0 leaves them out.
+        refusal_heads: Heads whose exact effect on the probability of refusing is compared.
+        refusal_prompts: Prompts of that; 0 leaves it out.
         contrast: Folder of an earlier run on another pair, whose churn is subtracted from this one's.
 
     Raises:
@@ -92,6 +97,8 @@ class Heads(CausalEvaluation):
         orders: int = 20,
         edge_heads: int = 20,
         edge_prompts: int = 16,
+        refusal_heads: int = 6,
+        refusal_prompts: int = 0,
         contrast: FilePath | None = None,
     ) -> None:
         super().__init__()
@@ -108,6 +115,7 @@ class Heads(CausalEvaluation):
             "graft_prompts": graft_prompts,
             "together_prompts": together_prompts,
             "edge_prompts": edge_prompts,
+            "refusal_prompts": refusal_prompts,
         }
         for name, value in counts.items():
             if value != 0 and value < LEAST:
@@ -116,6 +124,7 @@ class Heads(CausalEvaluation):
             if value < 0:
                 raise ConfigError(f"{name} is {value}; allowed: 0 or more (key: {name})")
         sizes = {"top": top, "steps": steps, "grafted": grafted, "edge_heads": edge_heads}
+        sizes |= {"refusal_heads": refusal_heads}
         for name, value in sizes.items():
             if value < 1:
                 raise ConfigError(f"{name} is {value}; allowed: 1 or more (key: {name})")
@@ -126,6 +135,7 @@ class Heads(CausalEvaluation):
         self.grafted, self.graft_prompts = grafted, graft_prompts
         self.together_prompts, self.orders = together_prompts, orders
         self.edge_heads, self.edge_prompts = edge_heads, edge_prompts
+        self.refusal_heads, self.refusal_prompts = refusal_heads, refusal_prompts
         self.contrast = None if contrast is None else check_run(contrast)
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
@@ -168,6 +178,9 @@ class Heads(CausalEvaluation):
             yield from truth.together(self._few(cases, self.together_prompts), self.orders)
         if self.edge_prompts:
             yield from self._edges(cases, records)
+        if self.refusal_prompts and pair.spec.openings and tables.apart is None:
+            openings, few = read_openings(Path(pair.spec.openings)), self._few(cases, self.refusal_prompts)
+            yield from refusal_churn(records, openings, few, self.refusal_heads, self.track)
 
     def _integrated(self, cases: Cases, records: HeadRecords, means: dict[str, Baseline]) -> Iterator[Record]:
         """Yield integrated gradients of every head, and the completeness error of every layer."""

@@ -195,12 +195,12 @@ def test_the_churn_of_two_pairs_is_contrasted(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"has no items\.parquet; allowed: the folder of an rq4 run"):
         Heads(contrast=str(tmp_path))
     rows = [asdict(item) for item in callback.items]
+    for row in rows:  # as if every head had changed by 1 on every prompt
+        row["value"] += row["direction"] == "tuned"
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "items.parquet")
-    results = run(base, toys.loaded(seed=1), contrast=str(tmp_path), **quick)
+    results = run(base, plant_null(base)[0], contrast=str(tmp_path), **quick)
     (r,) = results.select(quantity="churn_difference")
-    (share,) = results.select(quantity="churn", floor_from="label_swap", control="none")
-    assert r.value == share.value > 0  # a copied pair has none
-    assert r.low <= r.value <= r.high
+    assert (r.value, r.low, r.high) == (-1.0, -1.0, -1.0)  # a copied pair has none
     assert r.n == 16
     assert r.flags == ("one_sibling_per_class",)
     pq.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "items.parquet")
@@ -225,14 +225,15 @@ def test_too_few_prompts_are_said() -> None:
         find_cases(pair(base, tuned), [p for p in few if p.label == "neutral"] + few[:1], None, None)
 
 
-@pytest.mark.parametrize("metric", ["refusal_logodds", "kl_other"])
+@pytest.mark.parametrize("metric", ["refusal", "kl_other"])
 def test_other_numbers(metric: str, tmp_path) -> None:
     base = toys.loaded()
     tuned = plant_heads(base, FLIPPED)[0]
     openings = tmp_path / "openings.jsonl"
     rows = [("refuse", "please no"), ("refuse", "why do"), ("comply", "tell me"), ("comply", "list facts")]
     openings.write_text("\n".join(f'{{"lang": "en", "kind": "{k}", "text": "{t}"}}' for k, t in rows))
-    callback = Heads(metric=metric, **{**SMALL, "edge_prompts": 0, "graft_prompts": 0})
+    options = {"edge_prompts": 0, "graft_prompts": 0, "exact_prompts": 0, "refusal_heads": 2}
+    callback = Heads(metric=metric, **{**SMALL, **options, "refusal_prompts": 6 * (metric == "kl_other")})
     both, texts = pair(base, tuned, openings=str(openings)), [p for p in prompts(2) if p.lang == "en"]
     callback.connect(lambda: both, texts, 17)
     with torch.no_grad():
@@ -240,6 +241,12 @@ def test_other_numbers(metric: str, tmp_path) -> None:
     (r,) = results.select(quantity="truth_r", model="tuned", baseline="resample", group="all")
     assert r.value > 0.8
     assert r.params["metric"] == metric
+    assert r.value > 0.8
+    points = results.select(quantity="churn", metric="refusal", floor_from="seed", control="none")
+    assert [r.params["floor"] for r in points] == [5.0]
+    heads = results.select(quantity="head_attribution", metric="refusal", method="patch", model="pair")
+    assert len(heads) == 2 * (metric == "kl_other")
+    assert {r.unit for r in results.select(quantity="head_attribution", metric="refusal")} == {"pp"}
 
 
 def test_the_tokens_of_the_difference() -> None:
