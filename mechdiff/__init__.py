@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "mechdiff.callbacks.behaviour": ("Behaviour",),
     "mechdiff.callbacks.grafts": ("Grafts",),
+    "mechdiff.callbacks.heads": ("Heads",),
     "mechdiff.callbacks.layer_patch": ("LayerPatch",),
     "mechdiff.callbacks.patching": ("MappedPatch",),
     "mechdiff.data.activations": ("ActivationPairs",),
@@ -29,6 +30,7 @@ _HOMES = {
         "svd_around_direction",
     ),
     "mechdiff.handles.steering": ("steer",),
+    "mechdiff.interventions.attribution": ("attribute", "grad_x_act", "integrated_gradients"),
     "mechdiff.interventions.hooks": ("cache_layer", "get_blocks", "intervene", "record"),
     "mechdiff.interventions.patching": ("head_patch_or_zero", "layer_patch_crossmodel"),
     "mechdiff.interventions.sites": ("Site",),

@@ -186,7 +186,11 @@ class MechdiffCLI(LightningCLI):
         given = {role: data.get(role) or "" for role in ("source", "target")}
         roles = {"source": sources, "target": sites}
         options = self.extraction_trainer()
-        self.stores = prepare.fill_stores(self.pair, self.prompts, roles, extraction, given, options)
+        self.stores = (
+            prepare.fill_stores(self.pair, self.prompts, roles, extraction, given, options)
+            if prepare.needs_states(cfg.data)
+            else {}
+        )
         if self._stored and not self.fast:
             checkpoints.check_stores(cfg.ckpt_path, self._stored, self.stores)
         for role, store in self.stores.items():

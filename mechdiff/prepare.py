@@ -160,6 +160,12 @@ def needs_fit(model: Namespace) -> bool:
     return bool(getattr(import_module(module), name).needs_fit)
 
 
+def needs_states(data: Namespace) -> bool:
+    """Say whether a configured data class serves states, which have to be extracted."""
+    module, _, name = data.class_path.rpartition(".")
+    return bool(getattr(getattr(import_module(module), name), "stored", True))
+
+
 def fill_stores(
     pair: LoadedPair,
     prompts: Sequence[Prompt],

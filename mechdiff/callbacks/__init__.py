@@ -3,7 +3,8 @@
 from mechdiff.callbacks.base import CausalEvaluation
 from mechdiff.callbacks.behaviour import Behaviour
 from mechdiff.callbacks.grafts import Grafts
+from mechdiff.callbacks.heads import Heads
 from mechdiff.callbacks.layer_patch import LayerPatch
 from mechdiff.callbacks.patching import MappedPatch
 
-__all__ = ["Behaviour", "CausalEvaluation", "Grafts", "LayerPatch", "MappedPatch"]
+__all__ = ["Behaviour", "CausalEvaluation", "Grafts", "Heads", "LayerPatch", "MappedPatch"]

@@ -5,7 +5,8 @@
    among shared tokens: what tuning made the model say, against what it said before. It is chosen on the clean
    outputs of both models, so that the mean gap between them is positive by choice. `logprob_correct` and
    `refusal_logodds` are those of `mechdiff.callbacks.graded`, whole texts; `kl_other` is the divergence of
-   the other model's next-token distribution from this model's.
+   the other model's next-token distribution from this model's, `refusal` the probability of refusing in
+   percentage points.
 2. The counterfactual of a prompt is its neutral twin, else another prompt of the same language (`resample`).
    Of the two, equal tokens in the same order are at the same place; elsewhere nothing is exchanged.
 3. Across models, places are aligned as for layer patches. Heads count, and are exchanged, outside the
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mechdiff.callbacks.base import readable, spread
-from mechdiff.callbacks.graded import Graded, grades, read_openings
+from mechdiff.callbacks.graded import Graded, grades, read_openings, refusing
 from mechdiff.callbacks.handle_evaluation import two_engines, two_sides
 from mechdiff.callbacks.patcher import Side, groups
 from mechdiff.callbacks.states import read_ends
@@ -32,8 +33,9 @@ from mechdiff.data.benchmarks.registry import BENCHMARKS, load_benchmarks
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.metrics import kl_divergence
-from mechdiff.interventions.attribution import Baseline, Batch, Score, clean_states
+from mechdiff.interventions.attribution import Score
 from mechdiff.interventions.head_patching import carried
+from mechdiff.interventions.head_runs import Baseline, Batch, clean_states
 from mechdiff.interventions.hooks import head_weights
 from mechdiff.interventions.likelihood import total_logprobs
 from mechdiff.modules.base import UNTOUCHED
@@ -41,9 +43,10 @@ from mechdiff.pairs.alignment import PREFIX, align, common_template, template_to
 from mechdiff.pairs.fairness import restrict_logits
 from mechdiff.pairs.loading import LoadedPair
 
-METRICS = ("logit_diff", "logprob_correct", "refusal_logodds", "kl_other")
-LEAST = 4
-"""Prompts needed before anything is said about heads."""
+METRICS = ("logit_diff", "logprob_correct", "refusal_logodds", "refusal", "kl_other")
+_OPENED = ("refusal_logodds", "refusal")
+LEAST = 2
+"""Prompts without which nothing has an interval."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Cases:
     metric: str
     sides: dict[str, Side]
     others: dict[str, Side]
-    graded: list[Graded] = field(default_factory=list)
+    graded: Sequence[Graded | None] = field(default_factory=list)
     log_p: dict[str, Tensor] = field(default_factory=dict)
 
     def case(self, role: str, index: int) -> Case:
@@ -120,13 +123,15 @@ class Cases:
         ids, regions = side.ids(index), side.encoded[index].regions
         if self.graded:
             graded = self.graded[index]
+            assert graded is not None, "a prompt without what is read from it"
             layout = side.lay_out(index, graded)
             tokens = torch.cat([ids[:, :-1].expand(len(layout.tokens), -1), layout.tokens], 1)
             mask = torch.cat([torch.ones_like(tokens[:, : ids.shape[1] - 1]), layout.mask], 1)
             batch = Batch(tokens, mask, None, layout.columns + ids.shape[1] - 1)
 
             def score(logits: Tensor) -> Tensor:
-                return graded(total_logprobs(logits, layout))[None]
+                value = graded(total_logprobs(logits, layout))
+                return (100 * value.sigmoid() if self.metric == "refusal" else value)[None]
 
             read: Score = score
         else:
@@ -225,7 +230,7 @@ def find_cases(pair: LoadedPair, prompts: Sequence[Prompt], metric: str | None, 
     if metric == "logprob_correct":
         pool = problems
     openings = read_openings(Path(pair.spec.openings)) if pair.spec.openings else {}
-    if metric == "refusal_logodds":
+    if metric in _OPENED:
         pool = [p for p in pool if p.lang in openings]
     kept = readable(pair, pool)[0] if pool else []
     asked, against, name = _paired(kept, most)
@@ -238,10 +243,11 @@ def find_cases(pair: LoadedPair, prompts: Sequence[Prompt], metric: str | None, 
     base, tuned = two_sides(pair, asked, engines)
     others = dict(zip(("base", "tuned"), two_sides(pair, against, engines), strict=True))
     cases = Cases(asked, name, metric, {"base": base, "tuned": tuned}, others)
-    if metric in ("logprob_correct", "refusal_logodds"):
-        cases.graded = [next(g for g in grades(p, openings) if g.metric == metric) for p in asked]
-    else:
-        cases.log_p = {role: read_ends(side, []).log_p for role, side in cases.sides.items()}
+    cases.log_p = {role: read_ends(side, []).log_p for role, side in cases.sides.items()}
+    if metric in _OPENED:
+        cases.graded = [refusing(openings[p.lang]) for p in asked]
+    elif metric == "logprob_correct":
+        cases.graded = [next(g for g in grades(p, {}) if g.metric == metric) for p in asked]
     return cases
 
 

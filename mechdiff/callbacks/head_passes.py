@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mechdiff.callbacks.head_cases import Case
-from mechdiff.interventions.attribution import Baseline, Batch, States, clean_states, integrated_gradients
+from mechdiff.interventions.attribution import integrated_gradients
 from mechdiff.interventions.head_edges import Head
 from mechdiff.interventions.head_patching import exchange, patch_heads
+from mechdiff.interventions.head_runs import Baseline, Batch, States, clean_states
 from mechdiff.interventions.hooks import intervene
 
 TOKENS = 2048
@@ -29,8 +30,7 @@ def effects(case: Case, baseline: Baseline, heads: Sequence[Head]) -> Tensor:
         baseline: What is put in a head's place, in the columns of the whole batch.
         heads: Which heads.
     """
-    batch, given = case.short, case.shortened(baseline)
-    batch = _placed(case, batch)
+    batch, given = _placed(case, case.short), case.shortened(baseline)
     states = clean_states(case.side.loaded.model, batch, sorted({layer for layer, _ in heads}))
     clean = float(case.score(states.logits))
     found: dict[Head, float] = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechdiff.callbacks.head_cases import Cases
 from mechdiff.callbacks.head_tables import ROLES, Tables, said
-from mechdiff.config import HEAD_ABS_DELTA_NAT, HEAD_Z, RBO_PERSISTENCE
+from mechdiff.config import HEAD_ABS_DELTA_NAT, HEAD_ABS_DELTA_PP, HEAD_Z, RBO_PERSISTENCE
 from mechdiff.functional.churn import (
     NullShares,
     churn_shares,
@@ -59,6 +59,11 @@ class HeadRecords:
     def __init__(self, cases: Cases, tables: Tables, seed: int) -> None:
         self.cases, self.tables, self.seed = cases, tables, seed
 
+    @property
+    def unit(self) -> str:
+        """Unit of the number that is read."""
+        return "pp" if self.cases.metric == "refusal" else "nats"
+
     def about(self, method: str, baseline: str, head: str | None = None, **params: Any) -> dict[str, Any]:
         """Return the attributes that records of one kind of measurement have in common."""
         named = {} if head is None else {"head": head}
@@ -66,7 +71,7 @@ class HeadRecords:
             "question": "rq4",
             "split": "eval",
             "positions": "all",
-            "unit": "nats",
+            "unit": self.unit,
             "flags": self.tables.flags,
             "params": {
                 "method": method,
@@ -105,14 +110,36 @@ class HeadRecords:
             model: Of which model.
             **more: Further parameters; `unit` is the unit.
         """
-        unit = more.pop("unit", "nats")
+        unit = more.pop("unit", self.unit)
         means = bootstrap_means(table, generator=self.draws(quantity, model, baseline))
         for i, head in enumerate(self.tables.names("tuned" if model == "pair" else model)):
             about = self.about(method, baseline, said(head), **more)
             yield estimated(quantity, means.at(i), {**about, "model": model, "unit": unit})
 
+    def chosen(
+        self, table: Tensor, names: Sequence[str], method: str, baseline: str, model: str
+    ) -> Iterator[Record]:
+        """Yield the mean of some heads over prompts, `(prompts, heads)`."""
+        means = bootstrap_means(table, generator=self.draws("chosen", method, baseline, model))
+        for i, name in enumerate(names):
+            about = self.about(method, baseline, name, group="attribution")
+            yield estimated("head_attribution", means.at(i), {**about, "model": model})
+
+    def per_edge(self, table: Tensor, names: Sequence[str], baseline: str, model: str) -> Iterator[Record]:
+        """Yield the mean of every edge over prompts, `(prompts, edges)`."""
+        means = bootstrap_means(table, generator=self.draws("edges", model))
+        for i, name in enumerate(names):
+            about = self.about("attribution_patching", baseline, of="edges", edge=name)
+            yield estimated("head_attribution", means.at(i), {**about, "model": model})
+
     def judged(
-        self, base: Tensor, tuned: Tensor, baseline: str, names: Sequence[str], of: str
+        self,
+        base: Tensor,
+        tuned: Tensor,
+        baseline: str,
+        names: Sequence[str],
+        of: str,
+        method: str = "attribution_patching",
     ) -> Iterator[Record]:
         """Yield churn, its nulls and its tests, of heads or edges.
 
@@ -122,9 +149,10 @@ class HeadRecords:
             baseline: What they stand against.
             names: Name of each column.
             of: `heads` or `edges`.
+            method: How they were measured.
         """
         params = {} if of == "heads" else {"of": of}
-        about = self.about("attribution_patching", baseline, **params)
+        about = self.about(method, baseline, **params)
         n = len(base)
         if n < FEWEST:
             for quantity in ("churn", "churn_p", "churn_bh"):
@@ -159,12 +187,12 @@ class HeadRecords:
         by_chance = {"topk_overlap": chance_overlap, "jaccard": chance_jaccard}
         for quantity, values in (("topk_overlap", found.overlap), ("jaccard", found.jaccard)):
             for i, k in enumerate(ks):
-                cell = _with(about, k=k)
+                cell = with_params(about, k=k)
                 yield estimated(quantity, values.at(i), cell)
                 level = by_chance[quantity](count, k)._replace(n=len(base))
                 yield estimated(quantity, level, {**cell, "control": "chance"})
                 yield from self._half(quantity, half.get((quantity, k)), cell, len(base))
-        cell = _with(about, persistence=RBO_PERSISTENCE)
+        cell = with_params(about, persistence=RBO_PERSISTENCE)
         yield estimated("rbo", found.rbo.at(0), cell)
         yield Record(quantity="rbo", value=chance_rbo(count), n=len(base), **{**cell, "control": "chance"})
         yield from self._half("rbo", half.get(("rbo", 0)), cell, len(base))
@@ -179,8 +207,9 @@ class HeadRecords:
         """Yield the share of churned heads for every floor, beside what it is where nothing differs."""
         largest = d.mean(0).abs().max().item()
         curve = torch.logspace(-2, 0, CURVE, dtype=torch.float64) * largest if largest > 0 else torch.zeros(0)
+        floor = HEAD_ABS_DELTA_PP if self.unit == "pp" else HEAD_ABS_DELTA_NAT
         rules: list[dict[str, Any]] = [
-            {"rule": "bound", "floor": HEAD_ABS_DELTA_NAT, "floor_from": "seed"},
+            {"rule": "bound", "floor": floor, "floor_from": "seed"},
             {"rule": "bound", "floor": swap_floor, "floor_from": "label_swap"},
             *({"rule": "bound", "floor": x, "floor_from": "curve"} for x in curve.tolist()),
             {"rule": "z", "floor": HEAD_Z},
@@ -194,7 +223,7 @@ class HeadRecords:
         }
         for i, rule in enumerate(rules):
             flags = (*about["flags"], "grows_with_n") if rule["rule"] == "z" else about["flags"]
-            cell = {**_with(about, **rule), "flags": flags, "unit": "fraction"}
+            cell = {**with_params(about, **rule), "flags": flags, "unit": "fraction"}
             yield estimated("churn", found.at(i), cell)
             yield _null("churn", swapped, i, len(d), {**cell, "control": "label_swap"})
             for role, null in halves.items():
@@ -207,10 +236,10 @@ class HeadRecords:
         signs = random_signs(NULL_DRAWS, len(d), self.draws("concentration", "swapped"))
         swapped = torch.stack([_holding((d * sign[:, None]).mean(0)) for sign in signs])
         for i, share in enumerate(SHARES):
-            yield estimated("concentration", found.at(i), _with(about, share=share))
+            yield estimated("concentration", found.at(i), with_params(about, share=share))
             low, high = (swapped[:, i].quantile(q).item() for q in (0.05, 0.95))
             null = Interval(swapped[:, i].mean().item(), low, high, len(d))
-            cell = {**_with(about, share=share, draws=NULL_DRAWS), "control": "label_swap"}
+            cell = {**with_params(about, share=share, draws=NULL_DRAWS), "control": "label_swap"}
             yield estimated("concentration", null, cell)
 
     def _half(
@@ -218,9 +247,9 @@ class HeadRecords:
     ) -> Iterator[Record]:
         if values:
             x = torch.tensor(values, dtype=torch.float64)
-            ends = (x.quantile(q).item() for q in (0.05, 0.95))
-            cell = {**_with(about, draws=len(values)), "control": "split_half", "model": "base"}
-            yield estimated(quantity, Interval(x.mean().item(), *ends, n), cell)
+            low, high = (x.quantile(q).item() for q in (0.05, 0.95))
+            cell = {**with_params(about, draws=len(values)), "control": "split_half", "model": "base"}
+            yield estimated(quantity, Interval(x.mean().item(), low, high, n), cell)
 
 
 def site(head: str) -> str:
@@ -237,10 +266,11 @@ def _holding(means: Tensor) -> Tensor:
     return (torch.searchsorted(sizes, wanted) + 1).double()
 
 
-def _with(about: dict[str, Any], **params: Any) -> dict[str, Any]:
+def with_params(about: dict[str, Any], **params: Any) -> dict[str, Any]:
+    """Add parameters to the attributes of a record."""
     return {**about, "params": {**about["params"], **params}}
 
 
 def _null(quantity: str, found: NullShares, index: int, n: int, about: dict[str, Any]) -> Record:
-    value = Interval(*(part[index].item() for part in found[:3]), n)
-    return estimated(quantity, value, _with(about, draws=found.draws))
+    value, low, high = (part[index].item() for part in (found.mean, found.low, found.high))
+    return estimated(quantity, Interval(value, low, high, n), with_params(about, draws=found.draws))

@@ -19,11 +19,13 @@ from torch import Tensor
 from mechdiff.callbacks.grafts import shared_rows
 from mechdiff.callbacks.head_cases import Case, Cases
 from mechdiff.errors import PairError
-from mechdiff.interventions.attribution import Baseline, Batch, States, attribute, clean_states
+from mechdiff.interventions.attention import head_layers
+from mechdiff.interventions.attribution import attribute
 from mechdiff.interventions.grafts import check_same_architecture
 from mechdiff.interventions.head_edges import Head, attribute_edges, edges_among
 from mechdiff.interventions.head_patching import adds_up, head_changes, own_change
-from mechdiff.interventions.hooks import head_layers, head_weights
+from mechdiff.interventions.head_runs import Baseline, Batch, States, clean_states
+from mechdiff.interventions.hooks import head_weights
 from mechdiff.pairs.loading import LoadedPair
 
 ROLES = ("base", "tuned")

@@ -23,14 +23,8 @@ import torch
 from torch import Tensor
 
 from mechdiff.functional.attribution import head_products
-from mechdiff.interventions.attribution import (
-    Baseline,
-    Batch,
-    Score,
-    States,
-    baseline_products,
-    tagged,
-)
+from mechdiff.interventions.attribution import Score, baseline_products, tagged
+from mechdiff.interventions.head_runs import Baseline, Batch, States
 from mechdiff.interventions.hooks import Edit, head_weights, intervene
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine

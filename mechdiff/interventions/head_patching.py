@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mechdiff.functional.attribution import head_contributions
-from mechdiff.interventions.attribution import Baseline, Batch, States, run_attended
 from mechdiff.interventions.grafts import changed, graft
+from mechdiff.interventions.head_runs import Baseline, Batch, States, run_attended
 from mechdiff.interventions.hooks import Edit, head_weights, record
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine, run_logits

@@ -89,26 +89,6 @@ def _part_path(block: nn.Module, names: tuple[str, ...], what: str) -> str:
     return min(found)[1]
 
 
-def attention_path(block: nn.Module) -> str:
-    """Find the dotted name of the attention module within a block.
-
-    Raises:
-        SiteError: If there is none.
-    """
-    return _part_path(block, _ATTENTION, "attention")
-
-
-def head_layers(model: nn.Module) -> list[int]:
-    """List the blocks whose attention has softmax heads; others mix tokens in another way (a recurrence)."""
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)  # type: ignore[union-attr,operator]
-    found = []
-    for index, block in enumerate(get_blocks(model)):
-        named = any(path.rsplit(".", 1)[-1] in _ATTENTION for path, _ in block.named_modules())
-        if named and not (kinds and "linear" in kinds[index]):
-            found.append(index)
-    return found
-
-
 def _projection(block: nn.Module) -> nn.Module:
     return _part(_part(block, _ATTENTION, "attention"), _OUTPUT, "attention output projection")
 

@@ -22,15 +22,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from mechdiff.errors import UsageError
 from mechdiff.functional.stats import generator
-from mechdiff.interventions.hooks import (
-    Edit,
-    attention_path,
-    blocks_path,
-    get_blocks,
-    head_layers,
-    intervene,
-    record,
-)
+from mechdiff.interventions.attention import attention_path, head_layers
+from mechdiff.interventions.hooks import Edit, blocks_path, get_blocks, intervene, record
 from mechdiff.interventions.sites import Site, check_layers
 
 # Largest difference that `check` accepts, relative to the largest logit. It is not 0 because products with

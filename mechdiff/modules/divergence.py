@@ -14,7 +14,7 @@ Source: Kornblith et al. 2019 (arXiv:1905.00414), section 3.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from mechdiff.functional.cka import linear_cka
 from mechdiff.functional.selection import PROPOSED, largest
 from mechdiff.interventions.sites import POSITIONS, Site
 from mechdiff.modules.base import UNTOUCHED, DiffModule, missing, similarity
-from mechdiff.results import Record
+from mechdiff.results import Question, Record
 
 if TYPE_CHECKING:
     from mechdiff.interventions.hooks import Edit
@@ -53,7 +53,7 @@ class Divergence(DiffModule):
         FitError: If the positions or the number of source sites are not allowed.
     """
 
-    question = "rq1"
+    question: ClassVar[Question] = "rq1"
     needs_fit = False
     solver_name = "none"
 

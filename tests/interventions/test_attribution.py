@@ -6,17 +6,10 @@ from captum.attr import LayerIntegratedGradients
 from torch import nn
 
 from mechdiff.errors import UsageError
-from mechdiff.interventions.attribution import (
-    ZERO,
-    Baseline,
-    Batch,
-    attribute,
-    clean_states,
-    grad_x_act,
-    integrated_gradients,
-    run_attended,
-)
-from mechdiff.interventions.hooks import head_layers, head_weights, intervene
+from mechdiff.interventions.attention import head_layers
+from mechdiff.interventions.attribution import attribute, grad_x_act, integrated_gradients
+from mechdiff.interventions.head_runs import ZERO, Baseline, Batch, clean_states, run_attended
+from mechdiff.interventions.hooks import head_weights, intervene
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine
 from tests.models import ARCHITECTURES, HEADS, keep_double, tiny_model, tokens
