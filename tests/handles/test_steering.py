@@ -45,7 +45,7 @@ def written(model, ids, mask=None, **options):
         sequences = outer.generate(ids, attention_mask=mask, **settings, **options)
     finally:
         del model.forward
-    return sequences, torch.stack(logits, 1)
+    return sequences, torch.stack(logits[-NEW:], 1)
 
 
 def replay(model, sequences, prompt, mask=None):
@@ -74,6 +74,19 @@ def test_with_a_cache_equals_without_equals_replayed(arch, kind):
     assert off(whole, cached) < EXACT[arch]
     assert off(forced, cached) < EXACT[arch]
     assert off(replay(model, sequences, 7), cached) > 1e-2  # and it is another model's answer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cache_implementation": "static"}, {"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}],
+    ids=str,
+)
+def test_how_tokens_reach_the_model_plays_no_part(options):
+    model, ids = tiny_model("llama", dtype=torch.float64), tokens(1, 9)
+    with steer(model, handle(model, "mapped")):
+        sequences, _ = written(model, ids)
+        assert torch.equal(written(model, ids, **options)[0], sequences)
+    assert not torch.equal(written(model, ids)[0], sequences)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
