@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mechdiff.errors import FitError, HandleError, SiteError
@@ -143,7 +143,7 @@ def write(path: str | Path, handle: Handle) -> Path:
     header = {"format": FORMAT, "manifest": json.dumps(asdict(handle.manifest), allow_nan=False)}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata=header)
+    part.write_bytes(save(tensors, metadata=header))
     os.replace(part, path)
     return path
 

@@ -42,7 +42,7 @@ def _scripts_importable() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def evaluation() -> list[Prompt]:
     return load_prompts(
-        [DATA / f"prompts_{name}.jsonl" for name in ("freeform_en", "freeform_kk", "neutral")]
+        [DATA / f"prompts_{name}.jsonl" for name in ("freeform_en", "freeform_kk", "freeform_ru", "neutral")]
     )
 
 

