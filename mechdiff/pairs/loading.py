@@ -54,6 +54,12 @@ class LoadedModel:
         """Where the model lives."""
         return self.model.device
 
+    @property
+    def context_length(self) -> int:
+        """Most tokens that the model takes; without a limit a number larger than any text."""
+        config = self.model.config.get_text_config(decoder=True)
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
 
 class LoadedPair:
     """The models of a pair, each loaded when it is first asked for.
