@@ -170,6 +170,7 @@ class MechdiffCLI(LightningCLI):
             data.tokens = None
         asked = prepare.parse_layers(cfg.layers)  # a mistake shows before a model is loaded
         self.pair = load_pair(spec, prepare.device(trainer))
+        self.given, self.prompts = len(self.prompts), prepare.fitting(self.prompts, self.pair)
         if cfg.layers == prepare.FROM_RQ1:
             cfg.layers = prepare.from_rq1(trainer.logger, self.pair)
             asked = prepare.parse_layers(cfg.layers)
@@ -290,12 +291,20 @@ class MechdiffCLI(LightningCLI):
         )
 
     def _coverage(self) -> Iterator[Record]:
-        """Yield the share of the target's rows with a partner in the source, by language and positions."""
+        """Yield the share of the target's rows with a partner in the source, by language and positions.
+
+        Where prompts were too long, that of the prompts that were not stands before it.
+        """
+        about: dict[str, Any]
+        if self.given > len(self.prompts):
+            share, params = len(self.prompts) / self.given, {"of": "prompts", "within": "context"}
+            about = {"split": "all", "unit": "fraction", "params": params}
+            yield Record(self.model.question, "coverage", share, self.given, **about)
         if not isinstance(self.datamodule, ActivationPairs):
             return
         for count in self.datamodule.coverage:
             prompts = sum(p.lang == count.lang for p in self.datamodule.prompts)
-            about: dict[str, Any] = {
+            about = {
                 "positions": count.position,
                 "split": "all",
                 "unit": "fraction",

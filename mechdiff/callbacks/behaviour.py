@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from mechdiff.callbacks.base import CausalEvaluation, Item, spread
-from mechdiff.callbacks.choices import chosen, solved
+from mechdiff.callbacks.choices import UNPARSED, chosen, solved
 from mechdiff.callbacks.graded import Openings, read_openings
 from mechdiff.callbacks.observations import Observation, records
 from mechdiff.callbacks.refusal import TOO_LONG, answered, opened, read
@@ -31,6 +31,10 @@ from mechdiff.results import Record
 
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 NOT_MEASURED = "not_measured"
+SAID = {
+    TOO_LONG: "prompts do not fit the context and are skipped",
+    UNPARSED: "answers cannot be read and count as wrong",
+}
 log = logging.getLogger(__name__)
 
 
@@ -87,11 +91,10 @@ class Behaviour(CausalEvaluation):
             self.items += [
                 _item(o, role) for o in observed[role] if o.control == "none" and o.value is not None
             ]
-            lost = sorted({o.prompt for o in observed[role] if o.reason == TOO_LONG})
-            if lost:
-                log.warning(
-                    "%s: %d prompts do not fit the context and are skipped: %s", role, len(lost), lost[:5]
-                )
+            for reason, said in SAID.items():
+                lost = sorted({o.prompt for o in observed[role] if o.reason == reason})
+                if lost:
+                    log.warning("%s: %d %s: %s", role, len(lost), said, ", ".join(lost))
         contrasts = [("tuned", "base")]
         if "reference" in observed:
             contrasts += [("tuned", "reference"), ("base", "reference")]

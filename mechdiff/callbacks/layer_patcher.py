@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from mechdiff.callbacks.patcher import Patcher, Where
+from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import generator
 from mechdiff.interventions.sites import POSITIONS, Site
 from mechdiff.modules.base import UNTOUCHED
 
+Columns = dict[int, dict[str, tuple[float, float]]]  # prompt → arm → nats from the donor, from the recipient
 CONTROLS = ("other_prompt", "random", "wrong_layer")
 
 
@@ -108,6 +110,17 @@ class LayerPatcher(Patcher):
             if site in states and bool((self.where[i] != UNTOUCHED).any())
         ]
         return sorted(holding, key=lambda i: self.names[i])
+
+
+def unpatched(patcher: LayerPatcher, cell: Iterable[int]) -> Tensor:
+    """Return KL(P_donor ‖ P_recipient) of prompts in nats, ``(prompts,)``."""
+    pairs = [(patcher.donor.log_p[i], patcher.recipient.log_p[i]) for i in cell]
+    return torch.stack([kl_divergence(*pair).cpu() for pair in pairs])
+
+
+def to_donor(cell: Columns) -> Tensor:
+    """Return KL(P_donor ‖ P_patched) of prompts in nats, ``(prompts,)``."""
+    return torch.tensor([arms["raw"][0] for arms in cell.values()], dtype=torch.float64)
 
 
 def wrong_site(sites: Sequence[Site], site: Site) -> Site:

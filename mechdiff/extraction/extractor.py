@@ -293,8 +293,7 @@ def _extract(
     trainer_factory: Callable[..., L.Trainer],
 ) -> None:
     """Run one pass."""
-    context = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    encoded = encode_prompts(model.tokenizer, prompts, context)
+    encoded = encode_prompts(model.tokenizer, prompts, model.context_length)
     plan = Plan(encoded, spec.positions, spec.tokens_per_batch, spec.batches_per_shard)
     into = folder / f"pass-{digest([str(site) for site in sites])}"
     into.mkdir(parents=True, exist_ok=True)  # whichever process comes first

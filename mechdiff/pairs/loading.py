@@ -60,6 +60,12 @@ class LoadedModel:
         """Whether the model lies on several devices, between which it moves its states itself."""
         return len({str(place) for place in getattr(self.model, "hf_device_map", {}).values()}) > 1
 
+    @property
+    def context_length(self) -> int:
+        """Most tokens that the model takes; without a limit a number larger than any text."""
+        config = self.model.config.get_text_config(decoder=True)
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
 
 class LoadedPair:
     """The models of a pair, each loaded when it is first asked for.

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from mechdiff.errors import ConfigError
 from mechdiff.reporting.cells import counts, find, layer, pair_name, positions_of, sites_of
-from mechdiff.reporting.divergence import BEHAVIOURS, DIRECTIONS, MODELS, behaviours, curve
+from mechdiff.reporting.divergence import BEHAVIOURS, DIRECTIONS, GUESSES, MODELS, behaviours, curve
 from mechdiff.reporting.head_churn import ONE_SIBLING, label_of, rules_of
 from mechdiff.results import Record, Results
 
@@ -88,10 +88,11 @@ def behaviour_table(results: Results) -> Table:
     for heading in models:
         table.add_column(heading, justify="right")
     for quantity in BEHAVIOURS:
-        for name, cell in behaviours(results, quantity).items():
-            table.add_row(
-                quantity.replace("_", " "), name, *(_number(cell.get(model), ".2f") for model in models)
-            )
+        for control in ("none", *GUESSES):
+            for name, cell in behaviours(results, quantity, control).items():
+                shown = name if control == "none" else f"{name} ({control.replace('_', ' ')})"
+                numbers = (_number(cell.get(model), ".2f") for model in models)
+                table.add_row(quantity.replace("_", " "), shown, *numbers)
     return table
 
 

@@ -316,6 +316,17 @@ def test_a_third_model_is_compared_and_patched(base):
     similar = found.select(quantity="cka_debiased", model="reference", contrast="tuned-reference")
     assert {r.site for r in similar} == set(ALL)
     assert {r.params["direction"] for r in third if "direction" in r.params} == {"into_tuned", "into_base"}
+    for site in ALL:
+        cell = {"quantity": "patch_recovery", "site": site, "control": "none", "direction": "into_tuned"}
+        (by_pair,) = found.select(**cell, model="pair", positions="last")
+        by_third, difference = found.select(**cell, model="reference")
+        assert difference.params["contrast"] == "base minus reference"
+        assert difference.value == pytest.approx(by_pair.value - by_third.value, abs=1e-6)
+        assert difference.low < difference.value < difference.high
+        about = {"quantity": "cka_debiased", "site": site, "model": "reference"}
+        cka = {r.params["contrast"]: r.value for r in found.select(**about) if "centred" not in r.params}
+        further = cka.pop("reference-base minus tuned-base")
+        assert further == pytest.approx(cka["base-reference"] - cka["tuned-base"], abs=1e-9)
     both.__dict__["reference"] = base
     same = measure(LayerPatch(effect_prompts=0, everywhere_prompts=0), Ranked(ALL), both)
     for site in ALL:
@@ -328,6 +339,8 @@ def test_a_third_model_is_compared_and_patched(base):
         cell = {"quantity": "patch_recovery", "site": site, "positions": "last", "direction": "into_tuned"}
         by_base, by_third = (same.select(**cell, control="none", model=m)[0] for m in ("pair", "reference"))
         assert by_third.value == pytest.approx(by_base.value, abs=1e-6)
+        (difference,) = same.select(**cell, contrast="base minus reference")
+        assert (difference.value, difference.low, difference.high) == pytest.approx((0, 0, 0), abs=1e-6)
 
 
 def test_unequal_widths_are_said(base):
