@@ -7,7 +7,10 @@ from importlib import import_module
 
 import mechdiff
 
-VERBS = {"extract": "extract the activations that a configuration needs, on any number of devices, and stop"}
+VERBS = {
+    "extract": "extract the activations that a configuration needs, on any number of devices, and stop",
+    "report": "draw one page from the records of runs, without a model",
+}
 
 
 def main(args: list[str] | None = None) -> int:

@@ -44,7 +44,7 @@ MAY_IMPORT = {
 FOREIGN = {
     "functional": {"torch"},
     "interventions": {"torch", "transformers"},
-    "reporting": {"matplotlib", "numpy", "pyarrow", "rich", "torch", "tensorboard", "lightning"},
+    "reporting": {"jinja2", "matplotlib", "numpy", "pyarrow", "rich", "torch", "tensorboard", "lightning"},
 }
 """Libraries a room may import beside the standard one; rooms not named here are free but for FORBIDDEN."""
 FORBIDDEN = {"modules": {"transformers", "peft", "datasets", "h5py"}, "data": {"transformers", "peft"}}
