@@ -9,6 +9,7 @@ import mechdiff
 
 VERBS = {
     "extract": "extract the activations that a configuration needs, on any number of devices, and stop",
+    "study": "run RQ1 to RQ4 of one or more pairs, resume what was cut off, and write one report",
     "report": "draw one page from the records of runs, without a model",
 }
 

@@ -33,9 +33,10 @@ def section(views: Sequence[View]) -> Section:
     return found
 
 
-def _cell(
+def cell(
     view: View, quantity: str, site: str, positions: str = "last", control: str = "none"
 ) -> Record | None:
+    """Return one cell of the map question, None if it was not measured."""
     return find(view.pair.runs["rq2"].results, quantity, site, positions, control)
 
 
@@ -52,16 +53,16 @@ def _panel(view: View) -> Panel:
     rows: list[list[Cell]] = []
     acts: list[list[Cell]] = []
     for site in sites:
-        beside = [_cell(view, "r2_delta", site, control=c) for c in CONTROLS]
+        beside = [cell(view, "r2_delta", site, control=c) for c in CONTROLS]
         label = f"layer {layer(site)}" if site.startswith("resid_post") else site
-        rows.append(view.row(label, _cell(view, "r2_delta", site), beside))
-        reduction, shift = (_cell(view, "kl_reduction", site, control=c) for c in ("none", "mean_shift"))
+        rows.append(view.row(label, cell(view, "r2_delta", site), beside))
+        reduction, shift = (cell(view, "kl_reduction", site, control=c) for c in ("none", "mean_shift"))
         raw, mapped, meant = (
-            _cell(view, "kl_raw", site),
-            _cell(view, "kl_mapped", site),
-            _cell(view, "kl_mapped", site, control="mean_shift"),
+            cell(view, "kl_raw", site),
+            cell(view, "kl_mapped", site),
+            cell(view, "kl_mapped", site, control="mean_shift"),
         )
-        agreement = _cell(view, "patch_agreement", site)
+        agreement = cell(view, "patch_agreement", site)
         verdict = judge(reduction, [shift]) if shift else judge(mapped, [meant], side="below")
         cells = [[view.number(r)] for r in (raw, mapped, meant, agreement)]
         acts.append([[label], *cells, [mark(verdict)], [count(raw)]])
@@ -70,7 +71,7 @@ def _panel(view: View) -> Panel:
     panel.blocks.append(
         Table("How much of tuned − base the map explains, last position, held-out prompts.", head, rows)
     )
-    if any(_cell(view, "kl_raw", site) for site in sites):
+    if any(cell(view, "kl_raw", site) for site in sites):
         head = [
             "site",
             "KL raw (nats)",
@@ -93,13 +94,13 @@ def _panel(view: View) -> Panel:
 
 
 def _chart(view: View, sites: Sequence[str]) -> list[Chart]:
-    records = [r for s in sites if (r := _cell(view, "r2_delta", s))]
+    records = [r for s in sites if (r := cell(view, "r2_delta", s))]
     points = view.points(records)
     if not points:
         return []
     series = [Series("fitted map", points, 1)]
     for colour, control in enumerate(CONTROLS, 2):
-        beside = view.points([r for s in sites if (r := _cell(view, "r2_delta", s, control=control))])
+        beside = view.points([r for s in sites if (r := cell(view, "r2_delta", s, control=control))])
         series += [Series(words(control), beside, colour, line=False)] if beside else []
     label = f"{view.name}: R squared of the difference by layer, with controls"
     svg = line_chart(label, series, "layer", "R² of the difference", ticks=[p.x for p in points])
@@ -119,7 +120,7 @@ def _patches(view: View, sites: Sequence[str]) -> list[Chart]:
         ("kl_mapped", "mean_shift", "mean shift"),
     )
     found = {
-        said: [r for s in sites if (r := _cell(view, quantity, s, control=control))]
+        said: [r for s in sites if (r := cell(view, quantity, s, control=control))]
         for quantity, control, said in arms
     }
     series = [
@@ -150,10 +151,10 @@ def verdicts(view: View) -> tuple[str | None, Verdict, Verdict]:
     site = site_of(view)
     if site is None:
         return None, judge(None), judge(None)
-    beside = [_cell(view, "r2_delta", site, control=c) for c in CONTROLS]
-    fits = judge(_cell(view, "r2_delta", site), beside)
-    mapped, meant = (_cell(view, "kl_mapped", site, control=c) for c in ("none", "mean_shift"))
-    reduction, shift = (_cell(view, "kl_reduction", site, control=c) for c in ("none", "mean_shift"))
+    beside = [cell(view, "r2_delta", site, control=c) for c in CONTROLS]
+    fits = judge(cell(view, "r2_delta", site), beside)
+    mapped, meant = (cell(view, "kl_mapped", site, control=c) for c in ("none", "mean_shift"))
+    reduction, shift = (cell(view, "kl_reduction", site, control=c) for c in ("none", "mean_shift"))
     acts = judge(reduction, [shift]) if shift else judge(mapped, [meant], side="below")
     return site, fits, acts
 
@@ -163,12 +164,12 @@ def takeaway(view: View) -> Takeaway:
     site, fits, acts = verdicts(view)
     if site is None:
         return Takeaway(fits, ["No map was tested."])
-    fitted = _cell(view, "r2_delta", site)
+    fitted = cell(view, "r2_delta", site)
     parts: list[Inline] = [f"At layer {layer(site)} the map explains "]
-    parts += view.sentence(fitted, [r for c in CONTROLS if (r := _cell(view, "r2_delta", site, control=c))])
+    parts += view.sentence(fitted, [r for c in CONTROLS if (r := cell(view, "r2_delta", site, control=c))])
     parts.append(f" of tuned − base: {fits.words} ({fits.why}). As a patch, mapped KL ")
-    mapped = _cell(view, "kl_mapped", site)
-    parts += view.sentence(mapped, [r for r in [_cell(view, "kl_mapped", site, control="mean_shift")] if r])
+    mapped = cell(view, "kl_mapped", site)
+    parts += view.sentence(mapped, [r for r in [cell(view, "kl_mapped", site, control="mean_shift")] if r])
     parts.append(f": {acts.words} beyond the mean shift ({acts.why}).")
     return Takeaway(fits, parts)
 
@@ -178,7 +179,7 @@ def headline(view: View) -> list[Inline]:
     site, fits, acts = verdicts(view)
     if site is None:
         return ["no map was tested"]
-    r2, delta, agreement = (_cell(view, q, site) for q in ("r2", "r2_delta", "patch_agreement"))
+    r2, delta, agreement = (cell(view, q, site) for q in ("r2", "r2_delta", "patch_agreement"))
     parts: list[Inline] = ["R² = ", view.number(r2), ", of the difference ", *view.sentence(delta)]
     parts += [f" at layer {layer(site)}: {fits.words} beyond its controls; mapped ≈ real patch to "]
     return [*parts, *view.sentence(agreement), f" ({acts.words} beyond the mean shift)"]

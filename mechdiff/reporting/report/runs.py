@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ QUESTIONS = {
 CONTRASTS = "contrasts.json"
 """Table of the numbers that compare pairs, beside the folders of the pairs."""
 TABLE = "results.json"
+STUDY = "study.json"
+"""What a folder of a study says of itself."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,14 @@ def read_study(places: Sequence[str | Path]) -> Study:
     """
     if not places:
         raise ConfigError("no run is given; give folders or results.json files: mechdiff report RUN ...")
-    pairs: dict[str, Pair] = {}
-    contrasts, quick = Results(), False
+    planned = [
+        json.loads(file.read_text(encoding="utf-8")) for p in places if (file := Path(p) / STUDY).is_file()
+    ]
+    quick = any(bool(study.get("quick")) for study in planned)
+    pairs = {name: Pair(name) for study in planned for name in study.get("pairs", {})}
+    contrasts = Results()
     for path in _tables(places):
         results = Results.read(path)
-        quick = quick or bool(results.provenance.get("quick"))
         if path.name == CONTRASTS:
             contrasts = Results([*contrasts, *results], results.provenance)
             continue
@@ -127,7 +133,7 @@ def read_study(places: Sequence[str | Path]) -> Study:
             both = f"{pair.runs[run.question].path} and {path}"
             raise ConfigError(f"{both} both answer {run.question} of {pair.name}; give one of them")
         pair.runs[run.question] = run
-    if not pairs:
+    if not any(pair.runs for pair in pairs.values()):
         raise ConfigError(f"no record in {', '.join(map(str, places))}; give the results.json of a run")
     for pair in pairs.values():
         pair.runs = {q: pair.runs[q] for q in QUESTIONS if q in pair.runs}

@@ -95,9 +95,7 @@ def contrast(study: Study, views: Sequence[View]) -> Section:
             for v in views
         ],
     )
-    fitted = [
-        maps._cell(v, "r2_delta", s) if v.has("rq2") and (s := maps.site_of(v)) else None for v in views
-    ]
+    fitted = [maps.cell(v, "r2_delta", s) if v.has("rq2") and (s := maps.site_of(v)) else None for v in views]
     add("R² of the difference at the layer spoken of", fitted)
     add("rank of the chosen handle", [handle.chosen_handle(v) if v.has("rq3") else None for v in views])
     for quantity, said in handle.MINIMAL.items():

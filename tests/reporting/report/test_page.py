@@ -109,7 +109,7 @@ def test_every_number_links_to_a_record_with_interval_n_and_control(page: str, f
     found = Page(page)
     assert len(set(found.ids)) == len(found.ids)
     assert {link.removeprefix("#") for link in found.links} <= set(found.ids)
-    rows = re.findall(r'<tr id="(r\d+)".*?</tr>', page)
+    rows = re.findall(r'<tr id="(r\d+)"', page)
     assert len(rows) > 100
     assert {link for link in found.links if re.fullmatch(r"#r\d+", link)} == {f"#{row}" for row in rows}
     first = re.search(r'<tr id="r1".*?</tr>', page)
@@ -140,7 +140,9 @@ def test_every_drawing_and_table_can_be_heard(page: str) -> None:
 def test_text_of_a_record_stays_text(tmp_path: Path) -> None:
     results = run_of("rq3")
     results.records = [
-        replace(r, params={**r.params, "template": EVIL + r.params["template"]}) if "template" in r.params else r
+        replace(r, params={**r.params, "template": EVIL + r.params["template"]})
+        if "template" in r.params
+        else r
         for r in results
     ]
     results.records += [replace(r, flags=(EVIL,)) for r in run_of("rq2")]

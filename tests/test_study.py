@@ -1,0 +1,196 @@
+"""A study as a user runs it on tiny pairs: in order, once, resumed where it stopped, compared, reported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mechdiff.__main__ import main
+from mechdiff.functional.contrast import independent_difference
+from mechdiff.functional.stats import Interval
+from mechdiff.reporting.report.runs import read_study
+from mechdiff.results import Results
+from mechdiff.study import compare, plan
+from tests.reporting.report.make_study import study as plausible
+from tests.workspace import ROOT, workspace, write_pair
+
+FEW = {
+    "mechdiff.callbacks.LayerPatch": {
+        "curve_prompts": 8,
+        "max_prompts": 8,
+        "everywhere_prompts": 0,
+        "effect_prompts": 0,
+    }
+}
+
+
+def write_configs(folder: Path) -> Path:
+    """Write the shipped configurations of RQ1 and RQ2 with little to measure; RQ3 and RQ4 have none."""
+    folder.mkdir()
+    for name in ("rq1", "clt"):
+        for domain in ("cultural", "cognitive"):
+            body = yaml.safe_load((ROOT / "configs" / f"{name}_{domain}.yaml").read_text())
+            calls = [{"class_path": c, "init_args": a} for c, a in FEW.items()] if name == "rq1" else []
+            body["trainer"]["callbacks"] = calls
+            body["data"].setdefault("init_args", {})["tokens"] = None
+            del body["pair"]
+            (folder / f"{name}_{domain}.yaml").write_text(yaml.safe_dump(body))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with two pair files and small configurations."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("user")
+    workspace(folder)
+    other = yaml.safe_load((folder / "pair.yaml").read_text()) | {"name": "other", "domain": "cognitive"}
+    (folder / "other.yaml").write_text(yaml.safe_dump(other))
+    write_configs(folder / "configs")
+    return folder
+
+
+def study(place: Path, out: Path, *more: str, pairs: Sequence[str] = ("pair", "other")) -> int:
+    files = [str(place / f"{name}.yaml") for name in pairs]
+    options = [
+        f"--configs={place / 'configs'}",
+        "--trainer.accelerator=cpu",
+        f"--extraction.root={place / 'stores'}",
+    ]
+    return main(["study", "--pair", *files, "--out", str(out), *options, *more])
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a study that ran to the end."""
+    out = tmp_path_factory.mktemp("out") / "study"
+    assert study(place, out) == 0
+    return out
+
+
+def records(out: Path, pair: str, question: str) -> list[object]:
+    return list(json.loads((out / pair / question / "results.json").read_text())["records"])
+
+
+def test_runs_lie_in_fixed_folders_and_use_the_layers_of_rq1(finished: Path) -> None:
+    for pair in ("tiny", "other"):
+        for question in ("rq1", "rq2"):
+            folder = finished / pair / question
+            assert {"results.json", "done.json", "config.yaml", "run.log"} <= {
+                p.name for p in folder.iterdir()
+            }
+        origin = Results.read(finished / pair / "rq2" / "results.json").provenance["layers"]
+        assert origin["from"] == str(finished / pair / "rq1" / "results.json")
+    text = (finished / "report.md").read_text(encoding="utf-8")
+    for said in ("tiny", "other", "rq3 of tiny", "rq4 of other", "Contrast of the pairs", "tiny needs rank"):
+        assert said in text
+    assert (finished / "report.html").is_file()
+
+
+def test_pairs_are_compared_by_records(finished: Path) -> None:
+    found = Results.read(finished / "contrasts.json")
+    (r,) = found.select(quantity="r2_delta")
+    assert r.params["contrast"] == "other − tiny"
+    assert r.low is not None
+    assert r.high is not None
+    assert r.low <= (r.value or 0) <= r.high
+    assert "one_sibling_per_class" in r.flags
+
+
+def test_what_was_cut_off_is_run_again_alone_and_gives_the_same(place: Path, finished: Path, capsys) -> None:
+    before = {(p, q): records(finished, p, q) for p in ("tiny", "other") for q in ("rq1", "rq2")}
+    times = {key: (finished / Path(*key) / "results.json").stat().st_mtime_ns for key in before}
+    (finished / "tiny" / "rq2" / "done.json").unlink()
+    (finished / "tiny" / "rq2" / "results.json").write_text("{")
+    assert study(place, finished) == 0
+    said = capsys.readouterr().out
+    assert "tiny rq1: done before" in said
+    assert "tiny rq2: done in" in said
+    assert {key: records(finished, *key) for key in before} == before
+    again = {key: (finished / Path(*key) / "results.json").stat().st_mtime_ns for key in before}
+    assert [key for key in before if again[key] != times[key]] == [("tiny", "rq2")]
+
+
+def test_another_study_is_refused(place: Path, finished: Path, tmp_path: Path, capsys) -> None:
+    assert study(place, finished, "--quick") == 2
+    error = capsys.readouterr().err
+    assert "holds another study (of tiny, other): quick differ; resume it with the same" in error
+    assert error.count("\n") == 1
+    assert study(place, finished, pairs=("pair",)) == 2
+    assert "pair files" in capsys.readouterr().err
+    (tmp_path / "mine.txt").write_text("mine")
+    assert study(place, tmp_path) == 2
+    assert "is not empty and holds no study" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(place: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "study"
+    more = ("--data.val_frac=0.9", "--questions", "1,2")
+    assert study(place, out, *more, pairs=("pair",)) == 2
+    said = capsys.readouterr()
+    assert "tiny rq2: failed: mechdiff: " in said.out
+    assert "val_frac" in said.out
+    failed = not (out / "tiny" / "rq1" / "done.json").is_file()
+    assert failed or "rq2 of tiny" in (out / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--questions", "5"], "questions is '5'; allowed: some of 1,2,3,4"),
+        (["--questions", "3"], "nothing can be run: rq3 of tiny: no"),
+    ],
+)
+def test_bad_input_is_one_line(more: list[str], said: str, place: Path, tmp_path: Path, capsys) -> None:
+    assert study(place, tmp_path / "study", *more, pairs=("pair",)) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_pair_file_with_an_unknown_key_is_refused(place: Path, tmp_path: Path, capsys) -> None:
+    write_pair(place, "wrong.yaml", colour="blue")
+    with pytest.raises(SystemExit) as left:
+        study(place, tmp_path / "study", pairs=("wrong",))
+    assert left.value.code == 2
+    assert "unknown key" in capsys.readouterr().err
+
+
+def test_two_pairs_of_one_name_are_refused(place: Path, tmp_path: Path, capsys) -> None:
+    assert study(place, tmp_path / "study", pairs=("pair", "pair")) == 2
+    assert "two pairs have the name tiny" in capsys.readouterr().err
+
+
+def test_shipped_pairs_have_a_plan() -> None:
+    pairs = [ROOT / "configs" / "pairs" / f"{name}_smol.yaml" for name in ("cultural", "cognitive")]
+    questions = ["rq1", "rq2", "rq3", "rq4"]
+    steps, without = plan(pairs, questions, Path("out"), ROOT / "configs", quick=True)
+    assert len(steps) + len(without) == 8
+    assert [s.question for s in steps][:2] == ["rq1", "rq2"]
+    assert all(len(s.configs) == 2 for s in steps), "a quick study has a reduced configuration for each"
+
+
+def test_numbers_of_two_pairs_are_compared(tmp_path: Path) -> None:
+    plausible(tmp_path)
+    (tmp_path / "contrasts.json").unlink()
+    path = compare(read_study([tmp_path]))
+    assert path == tmp_path / "contrasts.json"
+    found = Results.read(path)
+    assert {r.quantity for r in found} == {
+        "patch_recovery",
+        "r2_delta",
+        "interchange_recovery",
+        "churn_difference",
+    }
+    one, other = read_study([tmp_path]).pairs
+    shares = [p.one("rq4", quantity="churn", rule="bound", floor_from="label_swap") for p in (one, other)]
+    (r,) = found.select(quantity="churn_difference")
+    ends = [Interval(s.value, s.low, s.high, s.n) for s in shares if s]
+    assert (r.value, r.low, r.high, r.n) == independent_difference(*ends)
