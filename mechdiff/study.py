@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -204,15 +204,8 @@ def compare(study: Study) -> Path | None:
 
 def _differences(one: View, other: View) -> Iterator[Record]:
     """Yield other − one of the numbers that the report speaks of."""
-    for quantity, first, second in (
-        ("patch_recovery", *(_recovery(view) for view in (one, other))),
-        ("r2_delta", *(_explained(view) for view in (one, other))),
-        (
-            "interchange_recovery",
-            *(handle.best(view)[0] if view.has("rq3") else None for view in (one, other)),
-        ),
-        ("churn_difference", *(heads.churn(view)[0] for view in (one, other))),
-    ):
+    for quantity, pick in SPOKEN_OF.items():
+        first, second = pick(one), pick(other)
         ends = [_interval(r) for r in (first, second)]
         if first is None or second is None or ends[0] is None or ends[1] is None:
             continue
@@ -248,6 +241,15 @@ def _interval(r: Record | None) -> Interval | None:
     if r is None or r.value is None or r.low is None or r.high is None:
         return None
     return Interval(r.value, r.low, r.high, r.n)
+
+
+SPOKEN_OF: dict[str, Callable[[View], Record | None]] = {
+    "patch_recovery": _recovery,
+    "r2_delta": _explained,
+    "interchange_recovery": lambda view: handle.best(view)[0] if view.has("rq3") else None,
+    "churn_difference": lambda view: heads.churn(view)[0],
+}
+"""What is compared, and how a pair's number is found: the one that its report speaks of."""
 
 
 def _proposes(table: Path) -> bool:

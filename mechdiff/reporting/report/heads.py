@@ -84,12 +84,12 @@ def _panel(view: View) -> Panel:
     for quantity, (said, _) in MAPS.items():
         found = changes(view, quantity)
         if found:
-            cells: list[Cell] = [
+            spots = [
                 (a, h, r.value, f"layer {a}, head {h}: {_said(r)}, n = {r.n}")
                 for (a, h), r in sorted(found.items())
             ]
             unit = next(iter(found.values())).unit
-            svg = head_map(f"{view.name}: {said}, by layer and head", cells, unit)
+            svg = head_map(f"{view.name}: {said}, by layer and head", spots, unit)
             panel.blocks.append(Chart(svg, f"{said} ({unit}), n = {span(found.values())} prompts."))
     panel.blocks += _cumulative(view)
     panel.blocks += _shares(view)
