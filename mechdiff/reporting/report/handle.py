@@ -13,7 +13,9 @@ from mechdiff.reporting.report.view import View, count, mark, span
 from mechdiff.reporting.steering import DRAWS, EDITS, handle_site
 from mechdiff.results import Record
 
-SHOWN = ("interchange", "mapped", "add")
+SHOWN = ("mapped", "interchange", "add")
+"""Edits of base in the order in which they are spoken of: mapped needs no tuned model."""
+CONTROLS = ("other_prompt", "wrong_layer", "label_swap", "base_vs_base")
 MINIMAL = {"minimal_k_10": "10 %", "minimal_k_20": "20 %", "minimal_k_90": "90 % of the full interchange"}
 METHOD = (
     "A rank-k subspace is fitted to tuned − base. In base it is steered towards tuned's own state "
@@ -52,8 +54,11 @@ def solver(view: View) -> object:
 
 def chosen_handle(view: View) -> Record | None:
     """Return the record of the chosen handle; of several the mapped one, which needs no tuned model."""
-    found = view.pair.select("rq3", quantity="chosen_handle", control="none")
-    return min(found, key=lambda r: (r.value is None, r.params.get("edit") != "mapped"), default=None)
+    found = {
+        r.params.get("edit"): r for r in view.pair.select("rq3", quantity="chosen_handle", control="none")
+    }
+    held = [found[edit] for edit in SHOWN if edit in found]
+    return next((r for r in held if r.value is not None), next(iter(held), None))
 
 
 def measured(view: View, quantity: str, edit: str) -> dict[int, Record]:
@@ -121,7 +126,7 @@ def _panel(view: View) -> Panel:
                 detail=True,
             )
         )
-    panel.blocks += [*_minimal(view), *yardsticks(view)]
+    panel.blocks += [*_minimal(view), *_controls(view), *yardsticks(view)]
     panel.blocks.append(takeaway(view))
     return panel
 
@@ -198,6 +203,18 @@ def _minimal(view: View) -> list[Text]:
     return [Text([*parts, "."])] if parts else []
 
 
+def _controls(view: View) -> list[Table]:
+    """Write what the same edit does from elsewhere: another prompt, layer or class, and no second model."""
+    rows: list[list[Cell]] = []
+    for name in CONTROLS:
+        found = view.pair.select("rq3", quantity="interchange_recovery", control=name, split="eval")
+        for r in found:
+            about = ", ".join(f"{k} = {r.params[k]}" for k in ("edit", "k") if r.params.get(k) is not None)
+            rows.append([[f"{words(name)}: {about}"], [view.number(r)], [count(r)]])
+    caption = "Other controls, each at the strength with its largest effect on dev prompts."
+    return [Table(caption, ["control", "recovery", "n"], rows, detail=True)] if rows else []
+
+
 def best(view: View) -> tuple[Record | None, Verdict]:
     """Return the recovery of the chosen handle, else of the largest interchange, and its verdict."""
     chosen = chosen_handle(view)
@@ -252,8 +269,9 @@ def headline(view: View) -> list[Inline]:
 
 
 def ablation(view: View) -> Record | None:
-    """Return the effect of taking the chosen handle out of tuned."""
-    found = view.pair.select("rq3", quantity="ablate_effect", control="none", split="eval")
-    chosen = chosen_handle(view)
-    k = None if chosen is None else chosen.value
-    return next((r for r in found if r.params.get("k") == k), next(iter(found), None))
+    """Return how much of tuned's own change is lost when the chosen subspace is taken out of tuned."""
+    chosen = view.pair.one("rq3", quantity="chosen_handle", edit="ablate")
+    k = None if chosen is None or chosen.value is None else int(chosen.value)
+    found = view.pair.select("rq3", quantity="ablate_effect", control="none", split="eval", edit="ablate")
+    at = [r for r in found if r.params.get("k") == k] or found
+    return next((r for r in at if r.params.get("metric") == "recovery"), next(iter(at), None))

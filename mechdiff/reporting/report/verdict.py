@@ -19,6 +19,9 @@ from mechdiff.results import Record
 
 Side = Literal["above", "below", "either"]
 
+WITHIN_RANDOM = "within_random"
+"""Flag of a run that has compared an effect with random ones prompt by prompt, and found no more."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -62,6 +65,8 @@ def judge(
         return Verdict("untested", "not measured")
     if record.value is None:
         return Verdict("untested", f"not measurable: {words(record.reason)}")
+    if WITHIN_RANDOM in record.flags:
+        return Verdict("none", "random subspaces do as much on the same prompts")
     needed = {"above": (record.low,), "below": (record.high,), "either": (record.low, record.high)}[side]
     if any(end is None for end in needed):
         return Verdict("untested", "the estimate has no interval")

@@ -1,5 +1,7 @@
 """A takeaway whose interval covers the control says that no effect was found."""
 
+from dataclasses import replace
+
 import pytest
 
 from mechdiff.reporting.report.verdict import judge
@@ -70,6 +72,11 @@ def test_an_effect_is_claimed_beyond_every_control_only(
 )
 def test_a_difference_is_judged_against_0(record: Record, side, kind: str) -> None:
     assert judge(record, null=0.0, side=side).kind == kind
+
+
+def test_what_a_run_has_compared_prompt_by_prompt_counts() -> None:
+    record = replace(number(0.6, 0.5, 0.7), flags=("within_random",))
+    assert judge(record, [number(0.1, control="random")]).kind == "none"
 
 
 def test_the_words_of_a_verdict() -> None:
