@@ -19,10 +19,16 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
 from mechdiff import prepare
+from mechdiff.config import SEED
 from mechdiff.errors import ConfigError
+from mechdiff.functional.churn import churn_contrast, paired
 from mechdiff.functional.contrast import independent_difference
-from mechdiff.functional.stats import Interval
+from mechdiff.functional.stats import Interval, generator
 from mechdiff.pairs.spec import PairSpec
 from mechdiff.parser import OneLineParser
 from mechdiff.reporting.report import handle, heads, maps, where
@@ -38,6 +44,8 @@ MINUTES = {"rq1": 10.0, "rq2": 5.0, "rq3": 15.0, "rq4": 10.0}
 QUICK = "quick"
 """Folder of configurations that replace numbers of prompts and sweeps by smaller ones."""
 MARKER = "done.json"
+ITEMS = "items.parquet"
+ROLES = ("base", "tuned")
 TAKES_LAYERS = ("rq2", "rq3")
 
 
@@ -144,7 +152,7 @@ def plan(
             )
         for question in questions:
             name = f"{RUNS[question][1]}_{spec.domain}.yaml"
-            files = [configs / name, *([configs / QUICK / name] if quick else [])]
+            files = [configs / name, *([configs / QUICK / f"{RUNS[question][1]}.yaml"] if quick else [])]
             if not files[0].is_file():
                 without.append(f"{question} of {spec.name}: no {files[0]}")
                 continue
@@ -207,24 +215,58 @@ def _differences(one: View, other: View) -> Iterator[Record]:
     for quantity, pick in SPOKEN_OF.items():
         first, second = pick(one), pick(other)
         ends = [_interval(r) for r in (first, second)]
-        if first is None or second is None or ends[0] is None or ends[1] is None:
-            continue
-        value, low, high, n = independent_difference(ends[0], ends[1])
-        about: dict[str, Any] = {"pairs": [one.name, other.name], "contrast": f"{other.name} − {one.name}"}
-        about |= {k: v for k, v in first.params.items() if k in ("rule", "floor_from", "edit", "direction")}
-        yield Record(
-            first.question,
-            quantity,
-            value,
-            n,
-            first.unit,
-            low,
-            high,
-            split=first.split,
-            positions=first.positions,
-            params=about,
-            flags=("one_sibling_per_class",),
-        )
+        if first is not None and ends[0] is not None and ends[1] is not None:
+            yield _difference(quantity, first, independent_difference(ends[0], ends[1]), one, other)
+    shares = [heads.churn(view)[0] for view in (one, other)]
+    tables = [_changes(view) for view in (one, other)]
+    if shares[0] is None or shares[1] is None or tables[0] is None or tables[1] is None:
+        return
+    floors = (float(shares[0].params["floor"]), float(shares[1].params["floor"]))
+    draws = generator(SEED, "churn_difference", one.name, other.name)
+    found = churn_contrast(tables[0], tables[1], floors, generator=draws)
+    yield _difference("churn_difference", shares[0], found, one, other)
+
+
+def _difference(quantity: str, first: Record, found: Interval, one: View, other: View) -> Record:
+    about: dict[str, Any] = {"pairs": [one.name, other.name], "contrast": f"{other.name} − {one.name}"}
+    about |= {k: first.params[k] for k in ("rule", "floor_from", "edit", "direction") if k in first.params}
+    return Record(
+        first.question,
+        quantity,
+        found.value,
+        found.n,
+        first.unit,
+        found.low,
+        found.high,
+        split=first.split,
+        positions=first.positions,
+        params=about,
+        flags=("one_sibling_per_class",),
+    )
+
+
+def _changes(view: View) -> Tensor | None:
+    """Read tuned − base of every head from a run's values per prompt, ``(prompts, heads)``, if it has any.
+
+    The heads stand in the order of their names; those that both models do not share are left out.
+    """
+    file = view.pair.runs["rq4"].path.with_name(ITEMS) if view.has("rq4") else None
+    if file is None or not file.is_file():
+        return None
+    main = heads.family(view)
+    measured = f"{main.get('metric')}/{main.get('baseline')}/"
+    rows = pq.read_table(file, filters=[("quantity", "=", "head_attribution")]).to_pylist()
+    values = {
+        (r["direction"], r["prompt"], r["arm"].removeprefix(measured)): r["value"]
+        for r in rows
+        if r["arm"].startswith(measured)
+    }
+    prompts, names = (sorted({key[i] for key in values}) for i in (1, 2))
+    names = [h for h in names if all((role, p, h) in values for role in ROLES for p in prompts)]
+    if not prompts or not names:
+        return None
+    base, tuned = (torch.tensor([[values[role, p, h] for h in names] for p in prompts]) for role in ROLES)
+    return paired(base, tuned)
 
 
 def _recovery(view: View) -> Record | None:
@@ -247,7 +289,6 @@ SPOKEN_OF: dict[str, Callable[[View], Record | None]] = {
     "patch_recovery": _recovery,
     "r2_delta": _explained,
     "interchange_recovery": lambda view: handle.best(view)[0] if view.has("rq3") else None,
-    "churn_difference": lambda view: heads.churn(view)[0],
 }
 """What is compared, and how a pair's number is found: the one that its report speaks of."""
 

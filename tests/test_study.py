@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
 from mechdiff.__main__ import main
+from mechdiff.callbacks.base import Item
 from mechdiff.functional.contrast import independent_difference
 from mechdiff.functional.stats import Interval
 from mechdiff.reporting.report.runs import read_study
 from mechdiff.results import Results
 from mechdiff.study import compare, plan
 from tests.reporting.report.make_study import study as plausible
-from tests.workspace import ROOT, workspace, write_pair
+from tests.workspace import ROOT, run, workspace, write_pair
 
 FEW = {
     "mechdiff.callbacks.LayerPatch": {
@@ -177,9 +181,35 @@ def test_shipped_pairs_have_a_plan() -> None:
     assert all(len(s.configs) == 2 for s in steps), "a quick study has a reduced configuration for each"
 
 
+@pytest.mark.parametrize("pair", ["cultural", "cognitive"])
+def test_reduced_configurations_are_understood(pair: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = ROOT / "configs" / "pairs" / f"{pair}_smol.yaml"
+    for step in plan([file], ["rq1", "rq2", "rq3", "rq4"], Path("out"), ROOT / "configs", quick=True)[0]:
+        verb = "test" if step.question in ("rq1", "rq4") else "fit"
+        assert run(verb, *step.arguments(), "--print_config") == 0
+        calls = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+        reduced = yaml.safe_load(step.configs[1].read_text())["trainer"]["callbacks"]
+        assert [c["class_path"] for c in calls] == [c["class_path"] for c in reduced]
+
+
 def test_numbers_of_two_pairs_are_compared(tmp_path: Path) -> None:
     plausible(tmp_path)
     (tmp_path / "contrasts.json").unlink()
+    draws = torch.Generator().manual_seed(0)
+    tables = {}
+    for name, prompts, changed in (("cultural_smol", 12, 1), ("cognitive_smol", 9, 3)):
+        base = torch.randn(prompts, 6, generator=draws) * 0.01
+        tuned = base + torch.tensor([1.0 * (h < changed) for h in range(6)])
+        tables[name] = tuned.double() - base.double()
+        rows = [
+            Item(f"p{i}", "head_attribution", f"head_out.{h}", "all", role, f"logit_diff/twin/{h}.0", x)
+            for role, table in (("base", base), ("tuned", tuned))
+            for i, row in enumerate(table.tolist())
+            for h, x in enumerate(row)
+        ]
+        rows += [replace(row, arm=row.arm.replace("twin", "zero"), value=9.0) for row in rows]
+        file = tmp_path / name / "rq4" / "items.parquet"
+        pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), file)
     path = compare(read_study([tmp_path]))
     assert path == tmp_path / "contrasts.json"
     found = Results.read(path)
@@ -189,8 +219,16 @@ def test_numbers_of_two_pairs_are_compared(tmp_path: Path) -> None:
         "interchange_recovery",
         "churn_difference",
     }
-    one, other = read_study([tmp_path]).pairs
-    shares = [p.one("rq4", quantity="churn", rule="bound", floor_from="label_swap") for p in (one, other)]
     (r,) = found.select(quantity="churn_difference")
-    ends = [Interval(s.value, s.low, s.high, s.n) for s in shares if s]
+    assert r.value == pytest.approx(2 / 6)
+    assert r.n == 21
+    assert r.params["contrast"] == "cognitive_smol − cultural_smol"
+    one, other = (
+        p.one("rq2", quantity="r2_delta", site="resid_post.24", positions="last")
+        for p in read_study([tmp_path]).pairs
+    )
+    assert one is not None
+    assert other is not None
+    ends = [Interval(x.value, x.low, x.high, x.n) for x in (one, other)]
+    (r,) = found.select(quantity="r2_delta")
     assert (r.value, r.low, r.high, r.n) == independent_difference(*ends)
