@@ -14,7 +14,7 @@ from html import escape
 
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 34
-REACH = 1.2
+REACH = 1.5
 """How far a control may lie beyond what is claimed, in spans of that, before it is an arrow at the edge."""
 Place = Callable[[float], float]
 
@@ -93,8 +93,8 @@ def line_chart(
         start: Group that is shown first.
     """
     at = _horizontal(series, ticks, even)
-    main = [s.line and s.group is None for s in series for _ in s.points]
-    low, high = _range([p for s in series for p in s.points], main)
+    fixed = [s for s in series if s.group is None]
+    low, high = _range([p for s in fixed for p in s.points], [s.line for s in fixed for _ in s.points])
     scale = _Scale(low, high)
     parts = [_grid(scale), text(LEFT, TOP - 1, y_label, class_="axis")]
     parts += [text(at(x), HEIGHT - BOTTOM + 14, f"{x:g}", class_="tick", text_anchor="middle") for x in ticks]
@@ -146,7 +146,7 @@ def head_map(label: str, cells: Sequence[tuple[int, int, float | None, str]], un
             where = (LEFT - 5, TOP + tall * (i + 0.5) + 3.5)
             parts.append(text(*where, str(head), class_="tick", text_anchor="end"))
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, height - 8, "layer", class_="axis", text_anchor="middle"))
-    parts.append(text(8, TOP + tall * len(heads) / 2, "head", class_="axis"))
+    parts.append(text(LEFT - 5, TOP - 2, "head", class_="axis", text_anchor="end"))
     drawn = _svg(label, parts, WIDTH, height)
     said = (
         f"largest absolute value {most:.2g} {unit}; point at a cell, or focus the map and use the arrow keys"

@@ -245,7 +245,7 @@ def takeaway(view: View) -> Takeaway:
     ):
         cost = measured(view, quantity, str(edit)).get(int(k or 0))
         if cost is not None:
-            parts += [f" {said}: ", view.number(cost), f" (n = {cost.n:,})."]
+            parts += [f" Side effect, {said}: ", view.number(cost), f" (n = {cost.n:,})."]
     return Takeaway(verdict, parts)
 
 

@@ -8,7 +8,7 @@ from mechdiff.reporting.cells import layer
 from mechdiff.reporting.report.charts import Point, Series, head_map, line_chart
 from mechdiff.reporting.report.content import DASH, Cell, Chart, Inline, Panel, Section, Table, Takeaway
 from mechdiff.reporting.report.verdict import Verdict, judge, words
-from mechdiff.reporting.report.view import View, count, mark, span
+from mechdiff.reporting.report.view import View, count, mark, named, span
 from mechdiff.results import Record
 
 TOP = 8
@@ -25,8 +25,8 @@ SHARES: dict[str, tuple[str, bool]] = {
     "churn_bh": ("share significant at a false discovery rate of 5 %", False),
     "churn_p": ("share with a family-wise p of at most 0.05", False),
     "concentration": ("heads that carry a share of the change", False),
-    "topk_overlap": ("overlap of the highest heads, base and tuned", True),
-    "rbo": ("rank-biased overlap", True),
+    "topk_overlap": ("overlap of the highest heads, base and tuned", False),
+    "rbo": ("rank-biased overlap, base and tuned", False),
     "cpr": ("CPR, area under the cumulative curve", True),
     "cmd": ("CMD, distance of that curve from 1", False),
     "truth_r": ("attribution against exact patching (r)", False),
@@ -190,9 +190,9 @@ def _shares(view: View) -> list[Table]:
             beside = nulls(view, r)
             cell: list[Inline] = []
             for c in beside[:3]:
-                model = "" if c.model == "pair" else f" ({c.model})"
-                cell += ["; " if cell else "", f"{words(c.control)}{model} ", view.number(c)]
+                cell += ["; " if cell else "", f"{named(c)} ", view.number(c)]
             about = ", ".join(f"{words(k)} {words(r.params[k])}" for k in KEPT if r.params.get(k) is not None)
+            about += f" ({', '.join(map(words, r.flags))})" if r.flags else ""
             verdict = mark(judge(r, beside)) if claims and beside else DASH
             rows.append(
                 [

@@ -56,9 +56,12 @@ def _contrast_line(study: Study, views: Sequence[View]) -> list[Inline]:
     parts: list[Inline] = []
     for view in views:
         chosen = handle.chosen_handle(view) if view.has("rq3") else None
-        rank = view.number(chosen) if chosen is not None else "not measured"
-        n = f" (n = {chosen.n:,})" if chosen is not None else ""
-        parts += [f"{view.name} needs rank k = ", rank, f"{n}; "]
+        if chosen is None:
+            parts.append(f"{view.name}: rank not measured; ")
+            continue
+        verdict = handle.best(view)[1]
+        parts += [f"{view.name} needs rank k = ", view.number(chosen)]
+        parts.append(f" (n = {chosen.n:,}; against random subspaces: {verdict.words}); ")
     for r in study.contrasts.select(quantity="churn_difference", control="none"):
         verdict = judge(r, null=0.0, side="either")
         said = f"{r.params.get('contrast', 'difference of pairs')}: churn differs by "

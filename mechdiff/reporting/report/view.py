@@ -53,7 +53,7 @@ class View:
             return ["not measured"]
         parts: list[Inline] = [self.number(record), f" (n = {record.n:,}"]
         for r in controls:
-            parts += [f"; {words(r.control)} ", self.number(r)]
+            parts += [f"; {named(r)} ", self.number(r)]
         return [*parts, ")"]
 
     def row(
@@ -99,6 +99,13 @@ class View:
 def mark(verdict: Verdict) -> str:
     """Write a verdict for a cell of a table."""
     return {"found": "✓ found", "none": "✗ none found", "untested": f"– {verdict.why}"}[verdict.kind]
+
+
+def named(control: Record) -> str:
+    """Write the name of a control: how it was drawn, or of which model it is, where several share one."""
+    about = [str(control.params["draw"])] if control.params.get("draw") else []
+    about += [control.model] if control.model != "pair" else []
+    return words(control.control) + (f" ({', '.join(about)})" if about else "")
 
 
 def count(record: Record | None) -> str:
