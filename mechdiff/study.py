@@ -73,6 +73,11 @@ class Step:
         return self.out / self.name / self.question
 
     @property
+    def log(self) -> Path:
+        """What its run prints; beside the folder, which a run that is refused takes away."""
+        return self.out / self.name / f"{self.question}.log"
+
+    @property
     def done(self) -> bool:
         """Whether it has run to the end."""
         return (self.folder / MARKER).is_file() and (self.folder / TABLE).is_file()

@@ -23,7 +23,6 @@ ABOUT = (
     "Run RQ1 to RQ4 of each pair in order and write one report. What is done is not run again: the same "
     "command goes on where it stopped. Further options, such as --trainer.accelerator=cpu, go to every run."
 )
-LOG = "run.log"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,7 +122,7 @@ def _run(steps: Sequence[Step], more: Sequence[str], console: Console) -> list[S
             since = lambda began=began: time.monotonic() - began  # noqa: E731 - read while it runs
             progress.update(task, description=said, left=left, pace=_pace(steps), since=since)
             step.begin()
-            with (step.folder / LOG).open("w", encoding="utf-8") as log:
+            with step.log.open("w", encoding="utf-8") as log:
                 code = _call(RUNS[step.question][0], step.arguments(more), log)
             seconds = time.monotonic() - began
             if code == 0:
@@ -131,8 +130,12 @@ def _run(steps: Sequence[Step], more: Sequence[str], console: Console) -> list[S
                 console.print(f"{step.name} {step.question}: done in {seconds:.0f} s", highlight=False)
             else:
                 failed.append(step)
-                reason = (step.folder / LOG).read_text(encoding="utf-8").strip().splitlines()[-1:]
-                console.print(f"{step.name} {step.question}: failed: {' '.join(reason)}", highlight=False)
+                reason = step.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+                console.print(
+                    f"{step.name} {step.question}: failed: {' '.join(reason)}",
+                    soft_wrap=True,
+                    highlight=False,
+                )
     return failed
 
 
