@@ -27,6 +27,13 @@ MAY_IMPORT = {
     "parser": {"pairs.spec"},  # how a command line is read
     "checkpoints": {"data.store", "interventions.sites"},  # what a checkpoint says of itself
     "prepare": {"pairs", "data", "extraction", "interventions.sites"},  # what a run needs before it is built
+    "study": {
+        "prepare",
+        "parser",
+        "functional",
+        "pairs.spec",
+        "reporting.report",
+    },  # what a study consists of
     "callbacks": {"modules.base", "interventions", "pairs", "data", "functional"},
     "extraction": {"interventions", "pairs", "data", "functional"},
     "modules": {"functional", "interventions.sites"},
@@ -46,7 +53,7 @@ FOREIGN = {
     "functional": {"torch"},
     "interventions": {"torch", "transformers"},
     "handles": {"torch", "transformers", "safetensors", "xxhash", "gguf"},
-    "reporting": {"matplotlib", "numpy", "pyarrow", "rich", "torch", "tensorboard", "lightning"},
+    "reporting": {"jinja2", "matplotlib", "numpy", "pyarrow", "rich", "torch", "tensorboard", "lightning"},
 }
 """Libraries a room may import beside the standard one; rooms not named here are free but for FORBIDDEN."""
 FORBIDDEN = {"modules": {"transformers", "peft", "datasets", "h5py"}, "data": {"transformers", "peft"}}
