@@ -125,9 +125,7 @@ def _numbers(split: str, operation: str, count: int) -> list[tuple[int, int]]:
     """Spread pairs over the range; the three splits have pairs of their own."""
     low, high = SIZES[operation]
     found = [
-        (a, b)
-        for a, b in product(range(low, high + 1), repeat=2)
-        if operation != "subtract" or a > b + 1
+        (a, b) for a, b in product(range(low, high + 1), repeat=2) if operation != "subtract" or a > b + 1
     ]
     kept = [(a, b) for a, b in found if ((7 * a + 13 * b) % 8 == 0) == (split == "eval")]
     if split != "eval":

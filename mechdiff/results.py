@@ -35,8 +35,8 @@ QUANTITIES: dict[str, frozenset[str]] = {
         """
         steer_effect ablate_effect interchange_recovery side_effect_pp side_effect_bpb probe_auroc
         minimal_k_10 minimal_k_20 minimal_k_90 transfer_effect gated_effect wrong_way
-        chosen_handle edit_norm energy_share principal_angle head_path_effect
-        """.split()  # noqa: SIM905 - reads better than 17 quoted words
+        chosen_handle edit_norm energy_share principal_angle head_path_effect coverage
+        """.split()  # noqa: SIM905 - reads better than 18 quoted words
     ),
     "rq4": frozenset(
         """

@@ -164,7 +164,7 @@ class Steering(SweepReport):
             yield from self._ranks(module, site, ks, final)
             yield from self._behaviour(module, pair, site, chosen, final)
 
-    # --- what is tried ----------------------------------------------------------------------------------------
+    # --- what is tried --------------------------------------------------------------------------------------
 
     def _few(self, prompts: Sequence[Prompt], split: Any) -> Contrast:
         """Return the prompts of a split, enough neutral ones among them."""
@@ -209,7 +209,7 @@ class Steering(SweepReport):
             found[where] = Neutral(module, *sides, sites, pair.spec.domain, ids[where], tokens, self.seed)
         return found
 
-    # --- what is tested --------------------------------------------------------------------------------------
+    # --- what is tested -------------------------------------------------------------------------------------
 
     def _controls(self, controls: Controls, random: list[Random]) -> Iterator[Record]:
         """Yield every control, and put the random subspaces into a list."""
@@ -237,7 +237,7 @@ class Steering(SweepReport):
     ) -> Iterator[Record]:
         """Yield effects and costs on evaluation prompts."""
         shares: dict[Key, Record] = {}
-        for kind, k in ((kind, k) for kind in self.edits for k in (ks if kind != "add" else [1])):
+        for kind, k in ((name, k) for name in self.edits for k in (ks if name != "add" else [1])):
             if (kind, k) not in chosen:
                 cell = Handle(site, kind, k, 0.0, self._solver(module, kind))
                 about = self._about(site, "eval", cell, alpha=None, **_metric(kind))

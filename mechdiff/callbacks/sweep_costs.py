@@ -4,8 +4,8 @@
    above the site is run again with an edit on the last token of the prompt and on every token of the answer,
    and all edits of a prompt are rows of one batch.
 2. Fluency is the ratio of the answers' nats. Where every token of an answer is still the most probable one,
-   greedy decoding would say the same answer again: such a prompt does not turn, and nothing is generated. Only
-   the others are decoded with the edit on.
+   greedy decoding would say the same answer again: such a prompt does not turn, and nothing is generated.
+   Only the others are decoded with the edit on.
 3. For each kind and rank the strength with the largest effect is tried first, on a few prompts, then on all;
    the first one whose one-sided bounds hold is chosen. Strengths above one that fails are not tried.
 """

@@ -43,8 +43,8 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 def kl_from_logits(log_p: Tensor, logits: Tensor) -> Tensor:
     """Compute KL(P‖softmax of logits) for many rows of logits and one P, in the precision of the logits.
 
-    KL = Σ p·log p + logsumexp(logits) − Σ p·logits; no row of log-probabilities is made, and the error is that
-    of a sum in the precision of the logits: about 1e-5 nats in float32.
+    KL = Σ p·log p + logsumexp(logits) − Σ p·logits; no row of log-probabilities is made, and the error is
+    that of a sum in the precision of the logits: about 1e-5 nats in float32.
 
     Args:
         log_p: Log-probabilities, `(vocabulary,)`.
