@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mechdiff.callbacks.base import spread
+from mechdiff.callbacks.edited_answers import answer_edited
 from mechdiff.callbacks.graded import grades, read_openings
 from mechdiff.callbacks.handle_evaluation import Handle
 from mechdiff.callbacks.reading import Reading
 from mechdiff.callbacks.side_effects import turned
-from mechdiff.callbacks.sweep_costs import answer_edited
 from mechdiff.callbacks.sweep_effects import Targets, direction
 from mechdiff.interventions.generation import stop_tokens
 from mechdiff.modules.base import DiffModule
@@ -119,7 +119,16 @@ def generated(
             here = [cell for cell in cells if direction(cell.kind) == where]
             plain = Handle(cells[0].site, "none", 1, 0.0)
             stops = stop_tokens(mine.loaded.model, mine.loaded.tokenizer.eos_token_id)
-            said = answer_edited(module, mine, other, index, [plain, *here], translate[where], tokens, stops)
+            said = answer_edited(
+                module,
+                mine,
+                other,
+                [index] * (1 + len(here)),
+                [plain, *here],
+                translate[where],
+                tokens,
+                stops,
+            )
             texts = [str(mine.loaded.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
             keys: list[Handle | None] = [None, *here]
             answers[where] = {c: turned(t, pair.spec.domain) for c, t in zip(keys, texts, strict=True)}

@@ -12,13 +12,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from mechdiff.callbacks.edited_answers import NEEDS_DONOR, answer_edited, continued
 from mechdiff.callbacks.handle_evaluation import Handle, same_end, two_sides
 from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.side_effects import (
@@ -30,15 +34,14 @@ from mechdiff.callbacks.side_effects import (
     turned_record,
 )
 from mechdiff.callbacks.states import read_last
-from mechdiff.callbacks.sweep_effects import NEEDS_DONOR
 from mechdiff.data.prompts import Prompt
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import bootstrap_ratio, generator
-from mechdiff.interventions.generation import generate, stop_tokens
-from mechdiff.interventions.hooks import Edit, record
-from mechdiff.interventions.lockstep import Start, decode_together
+from mechdiff.interventions.generation import stop_tokens
+from mechdiff.interventions.hooks import record, stop_after
+from mechdiff.interventions.lockstep import decode, padded_together
 from mechdiff.interventions.sites import Site
-from mechdiff.interventions.suffix import SuffixEngine, run_logits
+from mechdiff.interventions.suffix import SuffixEngine
 from mechdiff.modules.base import DiffModule
 from mechdiff.pairs.loading import LoadedPair
 from mechdiff.results import Record
@@ -47,8 +50,11 @@ SCREEN = 32
 """Prompts on which an edit is tried first."""
 
 
-@dataclass
-class _Read:
+ROWS = 32
+"""Rows that are decoded at once."""
+
+
+class _Read(NamedTuple):
     """An answer as both models have read it, from the last token of its prompt on.
 
     Attributes:
@@ -56,14 +62,12 @@ class _Read:
         answer: What follows each of them, `(m,)`; m is T, or T − 1 where the answer had ended.
         own: Its states by site, `(T, d)`.
         donor: The other model's.
-        nats: How improbable it finds the answer as it is.
     """
 
     tokens: Tensor
     answer: Tensor
     own: dict[Site, Tensor]
     donor: dict[Site, Tensor]
-    nats: float
 
 
 @dataclass
@@ -94,6 +98,7 @@ class Neutral:
         kept: Prompts with an answer, by index.
         reads: Their answers.
         before: Whether each answer is of the tuned kind without any edit.
+        plain: Nats of each answer without an edit, float64; NaN until it is scored.
     """
 
     module: DiffModule
@@ -109,37 +114,45 @@ class Neutral:
     before: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        model = self.mine.loaded.model
-        self.stops = stop_tokens(model, self.mine.loaded.tokenizer.eos_token_id)
-        said = generate(model, [e.input_ids for e in self.mine.encoded], self.most, self.stops)
-        for index, ids in enumerate(said):
-            known = [bool(self.translate[i] >= 0) for i in ids]
-            ids = ids[: known.index(False)] if False in known else ids
-            if ids:
-                self.kept.append(index)
-                self.reads.append(self._read(index, ids))
-                self.before.append(turned(self._text(ids), self.domain))
+        self.stops = stop_tokens(self.mine.loaded.model, self.mine.loaded.tokenizer.eos_token_id)
+        found: dict[int, _Read] = {}
+        for batch in self._batches(range(len(self.mine.encoded))):
+            mine, other = (continued(side, batch) for side in (self.mine, self.other))
+            said, states = decode(mine, self.most, self.stops, sites=self.sites)
+            answers = [self._known(ids) for ids in said]
+            theirs = [[int(i) for i in self.translate[ids]] if ids else [] for ids in answers]
+            follow = pad_sequence([torch.tensor(ids) for ids in theirs], batch_first=True).long()
+            model, last = self.other.loaded.model, max(site.layer for site in self.sites)
+            with record(model, self.sites) as seen, stop_after(model, last):
+                other.step(torch.cat([other.last, follow.to(other.last)], 1))
+            for row, (index, ids) in enumerate(zip(batch, answers, strict=True)):
+                if ids:
+                    ended = len(ids) == len(said[row]) < self.most  # one token more tells if it still does
+                    answer = torch.tensor(ids, device=mine.last.device)
+                    length = len(ids) + ended
+                    tokens = torch.cat([mine.last[row], answer])[:length]
+                    own = {site: states[site][row, :length] for site in self.sites}
+                    donor = {site: seen[site][row, :length].clone() for site in self.sites}
+                    found[index] = _Read(tokens, answer, own, donor)
+        for index, read in sorted(found.items()):
+            self.kept.append(index)
+            self.reads.append(read)
+            self.before.append(turned(self._text(read.answer.tolist()), self.domain))
+        self.plain = torch.full((len(self.reads),), torch.nan, dtype=torch.float64)
 
-    def _read(self, index: int, ids: Sequence[int]) -> _Read:
-        last, theirs = self.mine.ids(index)[0, -1:], self.other.ids(index)[0, -1:]
-        answer = torch.tensor(ids, device=last.device)
-        length = len(ids) + (len(ids) < self.most)  # one more token tells whether it still ends there
-        tokens = torch.cat([last, answer])[:length]
-        follow = torch.cat([theirs, self.translate[answer].to(theirs)])[:length]
-        states = []
-        for side, read in ((self.mine, tokens), (self.other, follow)):
-            with record(side.loaded.model, self.sites) as seen:
-                at = torch.arange(length)[None]
-                logits = run_logits(side.loaded.model, read[None], None, at, side.prefixes[index])
-            states.append({site: seen[site][0] for site in self.sites})
-            if side is self.mine:
-                nats = float(_nats(logits, answer)[0])
-        return _Read(tokens, answer, *states, nats)
+    def _known(self, ids: Sequence[int]) -> list[int]:
+        """Cut an answer before the first token that the other model does not have."""
+        known = [bool(self.translate[i] >= 0) for i in ids]
+        return list(ids[: known.index(False)] if False in known else ids)
 
-    @property
-    def plain(self) -> Tensor:
-        """Nats of the answers without an edit, float64, `(prompts,)`."""
-        return torch.tensor([read.nats for read in self.reads], dtype=torch.float64)
+    def _batches(self, indices: Iterable[int]) -> Iterator[list[int]]:
+        """Group prompts, by length, that can be decoded together; one may occur several times."""
+        lengths = [len(e) for e in self.mine.encoded]
+        order = sorted(indices, key=lambda i: (lengths[i], i))
+        if padded_together([*self.mine.prefixes[:1], *self.other.prefixes[:1]]):
+            yield from (order[i : i + ROWS] for i in range(0, len(order), ROWS))
+        else:
+            yield from ([*same] for _, same in groupby(order))
 
     def score(self, cells: Sequence[Handle], rows: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Score the answers of some prompts with each edit of one site.
@@ -149,49 +162,70 @@ class Neutral:
             rows: Numbers of the prompts among those kept.
 
         Returns:
-            Nats, float64, and whether the answer stays the same; `(prompts, edits)`.
+            Nats, float64, and how many tokens of the answer stay the most probable ones, one more where it
+            still ends; `(prompts, edits)`.
         """
-        nats, same = [], []
+        nats, stay = [], []
         site = cells[0].site
         for row in rows:
             read = self.reads[row]
             own, donor = read.own[site], read.donor[site].to(read.own[site])
-            hidden = torch.stack([cell.change(self.module, own, donor) for cell in cells])
-            tokens = read.tokens.expand(len(cells), -1)
-            at = torch.arange(len(read.tokens)).expand(len(cells), -1)
+            hidden = torch.stack([own, *(cell.change(self.module, own, donor) for cell in cells)])
+            tokens = read.tokens.expand(len(hidden), -1)
+            at = torch.arange(len(read.tokens)).expand(len(hidden), -1)
             logits = self.mine.engine.resume(
                 site.layer, hidden, tokens, prefix=self.mine.prefixes[self.kept[row]], logits_at=at
             )
-            nats.append(_nats(logits, read.answer))
-            best, m = logits.argmax(-1), len(read.answer)
-            alike = (best[:, :m] == read.answer).all(1)
+            plain, *found = _nats(logits, read.answer)
+            if self.plain[row].isnan():
+                self.plain[row] = plain
+            nats.append(torch.stack(found))
+            best, m = logits[1:].argmax(-1), len(read.answer)
+            alike = best[:, :m] == read.answer
             if len(read.tokens) > m:
-                alike &= torch.isin(best[:, m], torch.tensor(self.stops, device=best.device))
-            same.append(alike.cpu())
-        return torch.stack(nats), torch.stack(same)
+                ends = torch.isin(best[:, m:], torch.tensor(self.stops, device=best.device))
+                alike = torch.cat([alike, ends], 1)
+            stay.append(alike.long().cumprod(1).sum(1).cpu())
+        return torch.stack(nats), torch.stack(stay)
 
-    def turns(self, cells: Sequence[Handle], same: Tensor) -> list[list[bool]]:
+    def turns(self, cells: Sequence[Handle], stay: Tensor) -> list[list[bool]]:
         """Tell of every prompt whether its answer turns under each edit of one site.
 
         Args:
             cells: The edits.
-            same: Whether the answer stays, `(prompts, edits)`.
+            stay: How many tokens stay; see `score`.
         """
         found = [list(self.before) for _ in cells]
-        for row, stays in enumerate(same.tolist()):
-            changed = [i for i, kept in enumerate(stays) if not kept]
-            for i, text in zip(changed, self.answers([cells[i] for i in changed], row), strict=True):
+        open_cells = [
+            (row, i)
+            for row, read in enumerate(self.reads)
+            for i, length in enumerate(stay[row].tolist())
+            if length < len(read.tokens) and not self._settled(read.answer[:length])
+        ]
+        for kind_needs in (False, True):
+            wanted = [(r, i) for r, i in open_cells if (cells[i].kind in NEEDS_DONOR) == kind_needs]
+            for (row, i), text in self.answers(cells, wanted):
                 found[i][row] = turned(text, self.domain)
         return found
 
-    def answers(self, cells: Sequence[Handle], row: int) -> list[str]:
-        """Answer a prompt with each edit of one site on."""
-        if not cells:
-            return []
-        said = answer_edited(
-            self.module, self.mine, self.other, self.kept[row], cells, self.translate, self.most, self.stops
-        )
-        return [self._text(ids) for ids in said]
+    def answers(
+        self, cells: Sequence[Handle], wanted: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[tuple[int, int], str]]:
+        """Yield answers with edits of one site on, for numbers of prompts and of edits."""
+        by_prompt: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for row, i in wanted:
+            by_prompt[self.kept[row]].append((row, i))
+        for batch in self._batches(self.kept[row] for row, _ in wanted):
+            pairs = [by_prompt[index].pop(0) for index in batch]
+            each = [cells[i] for _, i in pairs]
+            said = answer_edited(
+                self.module, self.mine, self.other, batch, each, self.translate, self.most, self.stops
+            )
+            yield from zip(pairs, map(self._text, said), strict=True)
+
+    def _settled(self, begins: Tensor) -> bool:
+        """Tell whether an answer that begins so cannot turn: a number has no letters."""
+        return self.domain == "cognitive" and any(c.isalpha() for c in self._text(begins.tolist()))
 
     def records(self, cell: Handle, cost: Cost, about: Mapping[str, Any]) -> list[Record]:
         """Return what an edit costs."""
@@ -204,9 +238,9 @@ class Neutral:
 
     def costs(self, cells: Sequence[Handle]) -> list[Cost]:
         """Measure edits of one site on all prompts."""
-        nats, same = self.score(cells, range(len(self.reads)))
+        nats, stay = self.score(cells, range(len(self.reads)))
         return [
-            Cost(column, turns) for column, turns in zip(nats.unbind(1), self.turns(cells, same), strict=True)
+            Cost(column, turns) for column, turns in zip(nats.unbind(1), self.turns(cells, stay), strict=True)
         ]
 
     def _text(self, ids: Sequence[int]) -> str:
@@ -235,21 +269,21 @@ class Neutral:
         while left:
             front = {key: cells[0] for key, cells in left.items()}
             cells = list(front.values())
-            nats, same = self.score(cells, few)
+            nats, stay = self.score(cells, few)
             hopeful = [i for i in range(len(cells)) if self.bound(nats[:, i])[0] <= MAX_BPB]
             tried |= {cell: Cost(nats[:, i]) for i, cell in enumerate(cells) if i not in hopeful}
             if hopeful and len(rest):
                 more = self.score([cells[i] for i in hopeful], rest)
-                nats, same = (torch.cat([a[:, hopeful], b]) for a, b in zip((nats, same), more, strict=True))
+                nats, stay = (torch.cat([a[:, hopeful], b]) for a, b in zip((nats, stay), more, strict=True))
             elif hopeful:
-                nats, same = nats[:, hopeful], same[:, hopeful]
+                nats, stay = nats[:, hopeful], stay[:, hopeful]
             fluent = []
             for column, i in enumerate(hopeful):
                 tried[cells[i]] = Cost(nats[:, column])
                 if self.bound(nats[:, column])[1] <= MAX_BPB:
                     fluent.append(column)
             passing = [cells[hopeful[column]] for column in fluent]
-            for cell, turns in zip(passing, self.turns(passing, same[:, fluent]), strict=True):
+            for cell, turns in zip(passing, self.turns(passing, stay[:, fluent]), strict=True):
                 tried[cell] = replace(tried[cell], turned=turns)
             for key, cell in front.items():
                 if cell in passing and self._turns_little(tried[cell]):
@@ -276,49 +310,6 @@ def neutral_sides(
     for side in sides:
         read_last(side, [])
     return sides
-
-
-def answer_edited(
-    module: DiffModule,
-    mine: Side,
-    other: Side,
-    index: int,
-    cells: Sequence[Handle],
-    translate: Tensor,
-    most: int,
-    stops: Sequence[int],
-) -> list[list[int]]:
-    """Answer one prompt greedily under each edit of one site, which acts on every token from the last on.
-
-    Args:
-        module: The fitted subspaces.
-        mine: The model that is edited, with prefixes.
-        other: The other one.
-        index: The prompt.
-        cells: The edits.
-        translate: The other model's id of each of its tokens, −1 where it has none.
-        most: Longest answer.
-        stops: Tokens that end it.
-    """
-    site = cells[0].site
-    needed = any(cell.kind in NEEDS_DONOR for cell in cells)
-
-    def edits(donor: Tensor | None) -> Mapping[Site, Edit]:
-        def edit(activation: Tensor, _positions: Tensor) -> Tensor:
-            rows = [
-                cell.change(module, activation[i : i + 1], donor[i : i + 1] if donor is not None else None)
-                for i, cell in enumerate(cells)
-            ]
-            return torch.cat(rows)
-
-        return {site: edit}
-
-    start, follower = (
-        Start(side.loaded.model, side.prefixes[index], side.encoded[index].input_ids[-1])
-        for side in (mine, other)
-    )
-    more = {"follower": follower, "site": site, "translate": translate} if needed else {}
-    return decode_together(start, len(cells), most, edits, stops, **more)
 
 
 def _nats(logits: Tensor, answer: Tensor) -> Tensor:

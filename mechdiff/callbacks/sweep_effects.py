@@ -27,8 +27,6 @@ from mechdiff.pairs.loading import LoadedPair
 
 INTO_TUNED = ("ablate", "reverse")
 """Edits of tuned; all others are of base."""
-NEEDS_DONOR = ("interchange", "reverse")
-"""Edits that need the other model's state."""
 ROWS = 128
 
 
