@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from mechdiff import checkpoints, prepare
-from mechdiff.callbacks import CausalEvaluation
+from mechdiff.callbacks import CausalEvaluation, CausalLoss
 from mechdiff.callbacks.graded import read_openings
 from mechdiff.config import SEED
 from mechdiff.data.activations import ActivationPairs
@@ -236,7 +236,7 @@ class MechdiffCLI(LightningCLI):
             raise ConfigError(f"{processes} processes are asked for; {what} runs in 1: {hint}")
         seed = self.cfg.seed_everything
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, CausalEvaluation):
+            if isinstance(callback, CausalEvaluation | CausalLoss):
                 callback.connect(lambda: self.pair, self.prompts, seed)
         self.datamodule.setup(self.verb)
         keys = {role: store.identity.key for role, store in self.stores.items()}

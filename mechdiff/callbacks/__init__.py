@@ -2,6 +2,7 @@
 
 from mechdiff.callbacks.base import CausalEvaluation
 from mechdiff.callbacks.behaviour import Behaviour
+from mechdiff.callbacks.causal_loss import CausalLoss
 from mechdiff.callbacks.gate import Gate
 from mechdiff.callbacks.grafts import Grafts
 from mechdiff.callbacks.handle_heads import HandleHeads
@@ -15,6 +16,7 @@ from mechdiff.callbacks.yardsticks import Yardsticks
 __all__ = [
     "Behaviour",
     "CausalEvaluation",
+    "CausalLoss",
     "Gate",
     "Grafts",
     "HandleHeads",

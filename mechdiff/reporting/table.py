@@ -29,7 +29,7 @@ def tables(results: Results) -> list[Table]:
     found = [layer_table(results), behaviour_table(results)] if "rq1" in questions else []
     found += [handle_table(results)] if "rq3" in questions else []
     shown = [table for table in found if table.row_count]
-    if "rq2" in questions or not shown:
+    if "rq2" in questions or not (shown or "rq3" in questions):
         shown.append(summary(results))
     return shown
 
