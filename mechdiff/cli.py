@@ -23,11 +23,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from mechdiff import checkpoints, prepare
-from mechdiff.callbacks import CausalEvaluation
+from mechdiff.callbacks import CausalEvaluation, CausalLoss
 from mechdiff.callbacks.graded import read_openings
 from mechdiff.config import SEED
 from mechdiff.data.activations import ActivationPairs
-from mechdiff.data.prompts import load_prompts
+from mechdiff.data.prompts import for_domain, load_prompts
 from mechdiff.errors import CheckpointError, ConfigError, UsageError
 from mechdiff.extraction.extractor import ExtractionSpec
 from mechdiff.interventions.sites import Site, check_layers
@@ -159,7 +159,8 @@ class MechdiffCLI(LightningCLI):
             cfg.weights_only = True
         self._settle_seed()
         spec = prepare.pair_spec(cfg.get("pair"))
-        self.prompts = prepare.few(load_prompts(spec.prompts)) if self.fast else load_prompts(spec.prompts)
+        prompts = for_domain(load_prompts(spec.prompts), spec.domain)
+        self.prompts = prepare.few(prompts) if self.fast else prompts
         if spec.openings:
             read_openings(Path(spec.openings))  # a mistake in them would show after the fit only
         data, model = cfg.data.init_args, cfg.model.init_args
@@ -240,7 +241,7 @@ class MechdiffCLI(LightningCLI):
             raise ConfigError(f"{processes} processes are asked for; {what} runs in 1: {hint}")
         seed = self.cfg.seed_everything
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, CausalEvaluation):
+            if isinstance(callback, CausalEvaluation | CausalLoss):
                 callback.connect(lambda: self.pair, self.prompts, seed)
         self.datamodule.setup(self.verb)
         keys = {role: store.identity.key for role, store in self.stores.items()}
