@@ -174,7 +174,7 @@ def graft_shuffled(
             change = (new - own.detach()).flatten()
             order = torch.randperm(len(change), generator=generator).to(change.device)
             drawn.append((own, own.detach() + change[order].view_as(own)))
-    with _swapped(drawn):
+    with swapped(drawn):
         yield
 
 
