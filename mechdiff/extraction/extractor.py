@@ -149,13 +149,16 @@ class Extractor(L.LightningModule):
             and the site.
         """
         model, start = self.source.model, 0 if self._prefix is None else self.plan.fixed
-        with record(model, self.sites) as states, stop_after(model, max(site.layer for site in self.sites)):
-            run(model, batch.input_ids[:, start:], prefix=self._prefix)
         dtype = DTYPES[self.writer.dtype]
-        rows = []
-        for site in self.sites:
-            text, token = batch.where.to(states[site].device).unbind(-1)
-            rows.append(states[site][text, token - start].flatten(1).to(dtype))
+
+        def wanted(states: Tensor) -> Tensor:
+            text, token = batch.where.to(states.device).unbind(-1)
+            return states[text, token - start].flatten(1).to(dtype)
+
+        last = max(site.layer for site in self.sites)
+        with record(model, self.sites, wanted) as kept, stop_after(model, last):
+            run(model, batch.input_ids[:, start:], prefix=self._prefix)
+        rows = [kept[site] for site in self.sites]
         wait = self.copies.start([*rows, *(values.isfinite().all() for values in rows)])
 
         def finish() -> dict[Site, Tensor]:
