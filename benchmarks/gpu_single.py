@@ -55,7 +55,7 @@ from mechdiff.pairs.tokenizers import load_tokenizer
 
 PARTS = ("ceilings", "correct", "extract", "planted", "moments", "sweep", "attribution")
 BF16 = 8 * 2.0**-8
-"""Relative error of states that four blocks in bfloat16 may add: two roundings each of half a last digit."""
+"""Relative error of states allowed in bfloat16: two sums in each of four blocks, each kept to 8 bits."""
 
 
 @dataclass(frozen=True)
