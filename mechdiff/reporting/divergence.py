@@ -21,7 +21,8 @@ from mechdiff.results import Record, Results
 WIDTH, DPI = 8.0, 150
 DIRECTIONS = {"into_tuned": "Base's state put into tuned", "into_base": "Tuned's state put into base"}
 CONTROLS = ("other_prompt", "random", "wrong_layer")
-GUESSES = ("chance", "majority_letter", "shuffled")
+GUESSES = {"chance": ":", "majority_letter": "--", "shuffled": "-."}
+"""Controls of a score that need no second run, and how they are drawn."""
 MODELS = {"base": "#0072B2", "tuned": "#D55E00", "reference": "#009E73"}
 BEHAVIOURS = {
     "refusal_rate": "Refusals (fraction of answers)",
@@ -80,7 +81,11 @@ def plot_divergence_curve(results: Results, out: str | Path | None = None) -> Fi
     if not own["debiased"]:
         raise ConfigError("nothing to draw: no record of cka_debiased; give the results.json of an rq1 run")
     contrasts = sorted(
-        {r.params["contrast"] for r in results.select(model="reference") if "contrast" in r.params}
+        {
+            r.params["contrast"]
+            for r in results.select(model="reference", quantity="cka_debiased")
+            if " minus " not in r.params["contrast"]
+        }
     )
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.8), dpi=DPI, layout="constrained")
@@ -177,7 +182,7 @@ def plot_layer_patch(results: Results, out: str | Path | None = None) -> Figure:
                     axes.axvline(sites.index(r.site) - 0.5, color="black", linewidth=0.8, linestyle="--")
             here = [r for r in effects if r.params["direction"] == direction]
             if here:
-                _effects(grid[1, column], here)
+                _effects(grid[1, column], here, groups)
             elif effects:
                 grid[1, column].remove()
         handles: list[Any] = [
@@ -218,8 +223,15 @@ def plot_behaviour_bars(results: Results, out: str | Path | None = None) -> Figu
             axes.remove()
         for axes, (quantity, cells) in zip(grid, found.items(), strict=False):
             _grouped(axes, cells, models)
+            _guesses(axes, results, quantity, list(cells))
             axes.set_title(BEHAVIOURS[quantity])
-        handles = [Patch(color=MODELS[m], label=m) for m in models]
+        handles: list[Any] = [Patch(color=MODELS[m], label=m) for m in models]
+        drawn = {r.control for r in results.select(question="rq1") if r.quantity in found}
+        handles += [
+            Line2D([], [], color="black", ls=line, lw=0.9, label=control.replace("_", " "))
+            for control, line in GUESSES.items()
+            if control in drawn
+        ]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=7.5)
         more = "All tokens allowed. Lines: 95 % intervals over prompts (exact binomial for yes or no)."
         caption(figure, results, more)
@@ -257,27 +269,39 @@ def _line(axes: Axes, records: Sequence[Record], name: str, band: bool, **style:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
-def _effects(axes: Axes, effects: Sequence[Record]) -> None:
-    """Draw changes of graded behaviour, by site and class of prompts."""
+def _effects(axes: Axes, effects: Sequence[Record], groups: Sequence[str]) -> None:
+    """Draw changes of graded behaviour, by site, class of prompts and patched positions."""
     cells: dict[str, dict[str, Record]] = {}
+    beside: list[tuple[str, str, Record]] = []
     for r in sorted(effects, key=lambda r: layer(str(r.site))):
-        cells.setdefault(f"layer {layer(str(r.site))} {r.params['label']}", {})[r.control] = r
-    plain = {name: {"none": cell["none"]} for name, cell in cells.items()}
-    _grouped(axes, plain, ["none"], {"none": COLOURS["last"]})
-    for i, cell in enumerate(cells.values()):
-        for control in CONTROLS:
-            beside = cell.get(control)
-            if beside is not None and beside.value is not None:
-                style: dict[str, Any] = {
-                    "linestyle": "none",
-                    "markersize": 4.5,
-                    "mfc": "white",
-                    "mec": "black",
-                }
-                axes.plot(i, beside.value, **style, **MARKERS[control])
+        name = f"layer {layer(str(r.site))} {r.params['label']}"
+        if r.control == "none":
+            cells.setdefault(name, {})[str(r.positions)] = r
+        elif r.value is not None:
+            beside.append((name, str(r.positions), r))
+    _grouped(axes, cells, groups, COLOURS)
+    style: dict[str, Any] = {"linestyle": "none", "markersize": 4, "mfc": "white", "mec": "black"}
+    for name, group, r in beside:
+        place = _place(list(cells).index(name), groups.index(group), groups)
+        axes.plot(place, float(r.value or 0), **style, **MARKERS[r.control])
     solved = effects[0].params.get("metric") == "logprob_correct"
     axes.set_ylabel(f"change of {'log P(correct)' if solved else 'log-odds'} (nats)")
     axes.set_title(f"What it does to {'solving' if solved else 'refusing'}")
+
+
+def _guesses(axes: Axes, results: Results, quantity: str, cells: Sequence[str]) -> None:
+    """Draw a short line across each cell of a benchmark where guessing would end."""
+    for control, line in GUESSES.items():
+        for name, held in behaviours(results, quantity, control).items():
+            level = next((r.value for r in held.values() if r.value is not None), None)
+            for i, cell in enumerate(cells):
+                if level is not None and cell.split()[0] == name.split()[0]:
+                    axes.hlines(level, i - 0.42, i + 0.42, color="black", linestyle=line, linewidth=0.9)
+
+
+def _place(i: int, j: int, groups: Sequence[str]) -> float:
+    """Return where the bar of a group stands within a cell."""
+    return i + (j - (len(groups) - 1) / 2) * 0.8 / max(len(groups), 2)
 
 
 def _grouped(
@@ -290,7 +314,7 @@ def _grouped(
     width = 0.8 / max(len(groups), 2)
     for i, cell in enumerate(cells.values()):
         for j, group in enumerate(groups):
-            r, x = cell.get(group), i + (j - (len(groups) - 1) / 2) * width
+            r, x = cell.get(group), _place(i, j, groups)
             if r is None:
                 continue
             if r.value is None:
