@@ -192,10 +192,8 @@ def plot_layer_patch(results: Results, out: str | Path | None = None) -> Figure:
         handles += [marker(c) for c in CONTROLS if c in used]
         handles += [Line2D([], [], color="black", linestyle="--", linewidth=0.8, label="onset (last)")]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=7)
-        sizes = sorted({r.n for r in records if r.n})
-        more = (
-            f"n = {' to '.join(str(n) for n in sorted({*sizes[:1], *sizes[-1:]}))} prompts." if sizes else ""
-        )
+        more = f"n = {_sizes(records)} prompts"
+        more += f", below {_sizes(effects)} for each class." if effects else "."
         caption(figure, results, f"Lines: 95 % intervals over prompts. {more}")
         return finish(figure, out)
 
@@ -250,6 +248,12 @@ def behaviours(results: Results, quantity: str, control: str = "none") -> dict[s
 
 def _sites(records: Iterable[Record]) -> list[str]:
     return sorted({r.site for r in records if r.site}, key=layer)
+
+
+def _sizes(records: Iterable[Record]) -> str:
+    """Say how many prompts are behind some records."""
+    sizes = sorted({r.n for r in records if r.n}) or [0]
+    return " to ".join(str(n) for n in sorted({sizes[0], sizes[-1]}))
 
 
 def _cell(results: Results, quantity: str, direction: str, control: str = "none") -> Cell:
