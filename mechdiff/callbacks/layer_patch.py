@@ -315,7 +315,8 @@ class LayerPatch(CausalEvaluation):
                 reason = "gap_too_small" if both else "not_aligned"
                 yield missing("patch_recovery", reason, {**about, "n": len(both)})
                 continue
-            yield nearer(*columns, about, self._generator("patch_recovery", about))
+            first, second = columns
+            yield nearer(first, second, about, self._generator("patch_recovery", about))
 
 
 def _proposed(sites: Sequence[Site], ranking: Mapping[str, float]) -> list[Site]:

@@ -65,7 +65,7 @@ def plot_graft_bars(results: Results, out: str | Path | None = None) -> Figure:
         handles: list[Any] = [Patch(color=colour, label="whole block") for _, colour in DIRECTIONS.values()]
         handles += [Line2D([], [], marker=m, label=f"{part} alone", **grey) for part, m in PARTS.items()]
         if any(r.control == "random" for r in blocks):
-            plain = {"color": "black", "linestyle": "none", "markersize": 4.5}
+            plain: dict[str, Any] = {"color": "black", "linestyle": "none", "markersize": 4.5}
             handles.append(Line2D([], [], marker="x", label="change shuffled (control)", **plain))
         if way:
             handles += [Line2D([], [], color=colour, label=f"KL from {m}") for m, colour in _models(way)]
