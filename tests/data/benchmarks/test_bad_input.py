@@ -100,9 +100,6 @@ BAD = "; drop_bad leaves such rows out and lists them)"
             {"question": "Q", "A": "a"},
             "{file} lacks column B; found: A, question (key: pair.benchmarks.kk_mc)",
         ),
-            {"question": "Q", "A": "a"},
-            "{file} lacks column B; found: A, question (key: pair.benchmarks.kk_mc)",
-        ),
         (
             MC | {"answer": "E"},
             "{file}:1: gold letter in answer is 'E'; allowed: A, B, C, D in Latin script (key: "
