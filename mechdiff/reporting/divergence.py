@@ -1,4 +1,4 @@
-"""Draw where two models differ: divergence by layer, the effect of layer patches, and behaviour."""
+"""Draw where two models differ: divergence by layer, and the effect of layer patches."""
 
 from __future__ import annotations
 
@@ -21,17 +21,7 @@ from mechdiff.results import Record, Results
 WIDTH, DPI = 8.0, 150
 DIRECTIONS = {"into_tuned": "Base's state put into tuned", "into_base": "Tuned's state put into base"}
 CONTROLS = ("other_prompt", "random", "wrong_layer")
-GUESSES = {"chance": ":", "majority_letter": "--", "shuffled": "-."}
-"""Controls of a score that need no second run, and how they are drawn."""
 MODELS = {"base": "#0072B2", "tuned": "#D55E00", "reference": "#009E73"}
-BEHAVIOURS = {
-    "refusal_rate": "Refusals (fraction of answers)",
-    "refusal_logodds": "Log-odds of refusing (nats)",
-    "mc_acc": "Multiple choice (accuracy)",
-    "exact_match": "Problems solved (fraction)",
-    "bits_per_byte": "Bits per byte",
-    "toxicity": "Toxicity (0 to 1)",
-}
 _LINES: dict[str, Any] = {
     "debiased": {"color": "#0072B2", "linestyle": "-"},
     "debiased, within class and language": {"color": "#D55E00", "linestyle": "-"},
@@ -192,68 +182,20 @@ def plot_layer_patch(results: Results, out: str | Path | None = None) -> Figure:
         handles += [marker(c) for c in CONTROLS if c in used]
         handles += [Line2D([], [], color="black", linestyle="--", linewidth=0.8, label="onset (last)")]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=7)
-        more = f"n = {_sizes(records)} prompts"
-        more += f", below {_sizes(effects)} for each class." if effects else "."
+        more = f"n = {sizes(records)} prompts"
+        more += f", below {sizes(effects)} for each class." if effects else "."
         caption(figure, results, f"Lines: 95 % intervals over prompts. {more}")
         return finish(figure, out)
-
-
-def plot_behaviour_bars(results: Results, out: str | Path | None = None) -> Figure:
-    """Draw what each model does: refusals, multiple choice, problems and fluency.
-
-    Args:
-        results: Table of a run with `Behaviour`.
-        out: File to write, its format given by the suffix.
-
-    Raises:
-        ConfigError: If the table holds no behaviour.
-    """
-    found = {quantity: behaviours(results, quantity) for quantity in BEHAVIOURS}
-    found = {quantity: cells for quantity, cells in found.items() if cells}
-    if not found:
-        raise ConfigError("nothing to draw: no behaviour; give the results.json of an rq1 run")
-    models = [m for m in MODELS if any(m in cell for cells in found.values() for cell in cells.values())]
-    with rc_context(STYLE):
-        rows = -(-len(found) // 2)
-        figure = Figure(figsize=(WIDTH, 0.9 + 2.4 * rows), dpi=DPI, layout="constrained")
-        grid = figure.subplots(rows, 2, squeeze=False).ravel()
-        for axes in grid[len(found) :]:
-            axes.remove()
-        for axes, (quantity, cells) in zip(grid, found.items(), strict=False):
-            _grouped(axes, cells, models)
-            _guesses(axes, results, quantity, list(cells))
-            axes.set_title(BEHAVIOURS[quantity])
-        handles: list[Any] = [Patch(color=MODELS[m], label=m) for m in models]
-        drawn = {r.control for r in results.select(question="rq1") if r.quantity in found}
-        handles += [
-            Line2D([], [], color="black", ls=line, lw=0.9, label=control.replace("_", " "))
-            for control, line in GUESSES.items()
-            if control in drawn
-        ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=7.5)
-        more = "All tokens allowed. Lines: 95 % intervals over prompts (exact binomial for yes or no)."
-        caption(figure, results, more)
-        return finish(figure, out)
-
-
-def behaviours(results: Results, quantity: str, control: str = "none") -> dict[str, dict[str, Record]]:
-    """Return the records of a behaviour, or of a control of it, without masking, by cell and model."""
-    cells: dict[str, dict[str, Record]] = {}
-    for r in results.select(question="rq1", quantity=quantity, control=control):
-        if r.model in MODELS and not r.params.get("masking"):
-            name = " ".join(str(v) for k, v in r.params.items() if k != "masking")
-            cells.setdefault(name, {})[r.model] = r
-    return cells
 
 
 def _sites(records: Iterable[Record]) -> list[str]:
     return sorted({r.site for r in records if r.site}, key=layer)
 
 
-def _sizes(records: Iterable[Record]) -> str:
+def sizes(records: Iterable[Record]) -> str:
     """Say how many prompts are behind some records."""
-    sizes = sorted({r.n for r in records if r.n}) or [0]
-    return " to ".join(str(n) for n in sorted({sizes[0], sizes[-1]}))
+    found = sorted({r.n for r in records if r.n}) or [0]
+    return " to ".join(str(n) for n in sorted({found[0], found[-1]}))
 
 
 def _cell(results: Results, quantity: str, direction: str, control: str = "none") -> Cell:
@@ -283,7 +225,7 @@ def _effects(axes: Axes, effects: Sequence[Record], groups: Sequence[str]) -> No
             cells.setdefault(name, {})[str(r.positions)] = r
         elif r.value is not None:
             beside.append((name, str(r.positions), r))
-    _grouped(axes, cells, groups, COLOURS)
+    grouped(axes, cells, groups, COLOURS)
     style: dict[str, Any] = {"linestyle": "none", "markersize": 4, "mfc": "white", "mec": "black"}
     for name, group, r in beside:
         place = _place(list(cells).index(name), groups.index(group), groups)
@@ -293,22 +235,12 @@ def _effects(axes: Axes, effects: Sequence[Record], groups: Sequence[str]) -> No
     axes.set_title(f"What it does to {'solving' if solved else 'refusing'}")
 
 
-def _guesses(axes: Axes, results: Results, quantity: str, cells: Sequence[str]) -> None:
-    """Draw a short line across each cell of a benchmark where guessing would end."""
-    for control, line in GUESSES.items():
-        for name, held in behaviours(results, quantity, control).items():
-            level = next((r.value for r in held.values() if r.value is not None), None)
-            for i, cell in enumerate(cells):
-                if level is not None and cell.split()[0] == name.split()[0]:
-                    axes.hlines(level, i - 0.42, i + 0.42, color="black", linestyle=line, linewidth=0.9)
-
-
 def _place(i: int, j: int, groups: Sequence[str]) -> float:
     """Return where the bar of a group stands within a cell."""
     return i + (j - (len(groups) - 1) / 2) * 0.8 / max(len(groups), 2)
 
 
-def _grouped(
+def grouped(
     axes: Axes,
     cells: dict[str, dict[str, Record]],
     groups: Sequence[str],
@@ -329,7 +261,10 @@ def _grouped(
             if r.low is not None and r.high is not None:
                 axes.vlines(x, r.low, r.high, color="black", linewidth=1.1)
     axes.axhline(0, color="black", linewidth=0.9)
-    names = ["\n".join(textwrap.wrap(name.replace("_", " "), 9)) for name in cells]
+    names = [
+        "\n".join([*textwrap.wrap(name.replace("_", " "), 9), f"n = {sizes(cell.values())}"])
+        for name, cell in cells.items()
+    ]
     axes.set_xticks(range(len(names)), names, fontsize=6.5)
     half, middle = max(len(names), 2) / 2 + 0.1, (len(names) - 1) / 2
     axes.set_xlim(middle - half, middle + half)

@@ -62,7 +62,10 @@ def plot_graft_bars(results: Results, out: str | Path | None = None) -> Figure:
             else:
                 grid[2, 1].remove()
         grey: dict[str, Any] = {"color": "black", "linestyle": "none", "mfc": "white", "markersize": 4}
-        handles: list[Any] = [Patch(color=colour, label="whole block") for _, colour in DIRECTIONS.values()]
+        handles: list[Any] = [
+            Patch(color=colour, label=f"whole block, {name.partition(' ')[0].lower()}")
+            for name, colour in DIRECTIONS.values()
+        ]
         handles += [Line2D([], [], marker=m, label=f"{part} alone", **grey) for part, m in PARTS.items()]
         if any(r.control == "random" for r in blocks):
             plain: dict[str, Any] = {"color": "black", "linestyle": "none", "markersize": 4.5}
