@@ -131,9 +131,7 @@ def test_prompts_beyond_the_context_are_counted_skipped_and_said(capsys: pytest.
     long = replace(texts[3], text="why " * 40)
     given = [*texts[:3], long, *texts[4:]]
     assert fitting(given, both) == [*texts[:3], *texts[4:]]
-    said = (
-        f"1 of 16 prompts are longer than a model's context and are skipped: {long.id} (key: pair.prompts)\n"
-    )
+    said = f"1 of 16 prompts are longer than a model's context and are skipped: {long.id}"
     assert capsys.readouterr().err == f"mechdiff: warning: {said} (key: pair.prompts)\n"
     assert fitting(texts, both) == texts
     assert capsys.readouterr().err == ""

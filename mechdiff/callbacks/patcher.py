@@ -97,19 +97,14 @@ class Side:
             sites: Sites whose states are kept.
             keep: Those that are kept of a prompt, by its index; all by default.
         """
-        start = max(
-            0, min([self.fixed, *(len(e) - 2 for e in self.encoded)])
-        )  # what all begin with runs once
         with record(self.loaded.model, sites) as seen:
-            common = self.engine.prefill(self.ids(0)[:, :start]) if start else None
-            beginning = {site: [seen[site][0].flatten(1)] if start else [] for site in sites}
             for index in range(len(self.encoded)):
                 ids, kept = self.ids(index), sites if keep is None else keep(index)
-                prefix = self.engine.prefill(ids[:, start:-1], common)
-                before = {site: [*beginning[site], seen[site][0].flatten(1)] for site in kept}
+                prefix = self.engine.prefill(ids[:, :-1])
+                before = {site: seen[site][0].flatten(1) for site in kept}
                 logits = run_logits(self.loaded.model, ids[:, -1:], prefix=prefix)
                 self.states.append(
-                    {site: torch.cat([*before[site], seen[site][0].flatten(1)]) for site in kept}
+                    {site: torch.cat([before[site], seen[site][0].flatten(1)]) for site in kept}
                 )
                 self.prefixes.append(prefix)
                 self.log_p.append(self.restricted(logits)[0])

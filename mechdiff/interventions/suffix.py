@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from mechdiff.interventions.sites import Site, check_layers
 # Largest difference that `check` accepts, relative to the largest logit. It is not 0 because products with
 # kept keys have other shapes, hence other rounding.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+_CHECKED: WeakSet[nn.Module] = WeakSet()
 
 
 class CleanRun(NamedTuple):
@@ -172,7 +175,9 @@ class SuffixEngine:
         self.model = model
         self._path = blocks_path(model)
         self._num_layers = len(get_blocks(model))
-        self.check()
+        if model not in _CHECKED:  # once for a model: what holds depends on its architecture
+            self.check()
+            _CHECKED.add(model)
 
     @torch.no_grad()
     def clean(

@@ -1,4 +1,4 @@
-"""Draw where two models differ: divergence by layer, the effect of layer patches, and behaviour."""
+"""Draw where two models differ: divergence by layer, and the effect of layer patches."""
 
 from __future__ import annotations
 
@@ -21,16 +21,7 @@ from mechdiff.results import Record, Results
 WIDTH, DPI = 8.0, 150
 DIRECTIONS = {"into_tuned": "Base's state put into tuned", "into_base": "Tuned's state put into base"}
 CONTROLS = ("other_prompt", "random", "wrong_layer")
-GUESSES = ("chance", "majority_letter", "shuffled")
 MODELS = {"base": "#0072B2", "tuned": "#D55E00", "reference": "#009E73"}
-BEHAVIOURS = {
-    "refusal_rate": "Refusals (fraction of answers)",
-    "refusal_logodds": "Log-odds of refusing (nats)",
-    "mc_acc": "Multiple choice (accuracy)",
-    "exact_match": "Problems solved (fraction)",
-    "bits_per_byte": "Bits per byte",
-    "toxicity": "Toxicity (0 to 1)",
-}
 _LINES: dict[str, Any] = {
     "debiased": {"color": "#0072B2", "linestyle": "-"},
     "debiased, within class and language": {"color": "#D55E00", "linestyle": "-"},
@@ -80,7 +71,11 @@ def plot_divergence_curve(results: Results, out: str | Path | None = None) -> Fi
     if not own["debiased"]:
         raise ConfigError("nothing to draw: no record of cka_debiased; give the results.json of an rq1 run")
     contrasts = sorted(
-        {r.params["contrast"] for r in results.select(model="reference") if "contrast" in r.params}
+        {
+            r.params["contrast"]
+            for r in results.select(model="reference", quantity="cka_debiased")
+            if " minus " not in r.params["contrast"]
+        }
     )
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.8), dpi=DPI, layout="constrained")
@@ -177,7 +172,7 @@ def plot_layer_patch(results: Results, out: str | Path | None = None) -> Figure:
                     axes.axvline(sites.index(r.site) - 0.5, color="black", linewidth=0.8, linestyle="--")
             here = [r for r in effects if r.params["direction"] == direction]
             if here:
-                _effects(grid[1, column], here)
+                _effects(grid[1, column], here, groups)
             elif effects:
                 grid[1, column].remove()
         handles: list[Any] = [
@@ -187,57 +182,20 @@ def plot_layer_patch(results: Results, out: str | Path | None = None) -> Figure:
         handles += [marker(c) for c in CONTROLS if c in used]
         handles += [Line2D([], [], color="black", linestyle="--", linewidth=0.8, label="onset (last)")]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=7)
-        sizes = sorted({r.n for r in records if r.n})
-        more = (
-            f"n = {' to '.join(str(n) for n in sorted({*sizes[:1], *sizes[-1:]}))} prompts." if sizes else ""
-        )
+        more = f"n = {sizes(records)} prompts"
+        more += f", below {sizes(effects)} for each class." if effects else "."
         caption(figure, results, f"Lines: 95 % intervals over prompts. {more}")
         return finish(figure, out)
 
 
-def plot_behaviour_bars(results: Results, out: str | Path | None = None) -> Figure:
-    """Draw what each model does: refusals, multiple choice, problems and fluency.
-
-    Args:
-        results: Table of a run with `Behaviour`.
-        out: File to write, its format given by the suffix.
-
-    Raises:
-        ConfigError: If the table holds no behaviour.
-    """
-    found = {quantity: behaviours(results, quantity) for quantity in BEHAVIOURS}
-    found = {quantity: cells for quantity, cells in found.items() if cells}
-    if not found:
-        raise ConfigError("nothing to draw: no behaviour; give the results.json of an rq1 run")
-    models = [m for m in MODELS if any(m in cell for cells in found.values() for cell in cells.values())]
-    with rc_context(STYLE):
-        rows = -(-len(found) // 2)
-        figure = Figure(figsize=(WIDTH, 0.9 + 2.4 * rows), dpi=DPI, layout="constrained")
-        grid = figure.subplots(rows, 2, squeeze=False).ravel()
-        for axes in grid[len(found) :]:
-            axes.remove()
-        for axes, (quantity, cells) in zip(grid, found.items(), strict=False):
-            _grouped(axes, cells, models)
-            axes.set_title(BEHAVIOURS[quantity])
-        handles = [Patch(color=MODELS[m], label=m) for m in models]
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=7.5)
-        more = "All tokens allowed. Lines: 95 % intervals over prompts (exact binomial for yes or no)."
-        caption(figure, results, more)
-        return finish(figure, out)
-
-
-def behaviours(results: Results, quantity: str, control: str = "none") -> dict[str, dict[str, Record]]:
-    """Return the records of a behaviour, or of a control of it, without masking, by cell and model."""
-    cells: dict[str, dict[str, Record]] = {}
-    for r in results.select(question="rq1", quantity=quantity, control=control):
-        if r.model in MODELS and not r.params.get("masking"):
-            name = " ".join(str(v) for k, v in r.params.items() if k != "masking")
-            cells.setdefault(name, {})[r.model] = r
-    return cells
-
-
 def _sites(records: Iterable[Record]) -> list[str]:
     return sorted({r.site for r in records if r.site}, key=layer)
+
+
+def sizes(records: Iterable[Record]) -> str:
+    """Say how many prompts are behind some records."""
+    found = sorted({r.n for r in records if r.n}) or [0]
+    return " to ".join(str(n) for n in sorted({found[0], found[-1]}))
 
 
 def _cell(results: Results, quantity: str, direction: str, control: str = "none") -> Cell:
@@ -257,30 +215,32 @@ def _line(axes: Axes, records: Sequence[Record], name: str, band: bool, **style:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
-def _effects(axes: Axes, effects: Sequence[Record]) -> None:
-    """Draw changes of graded behaviour, by site and class of prompts."""
+def _effects(axes: Axes, effects: Sequence[Record], groups: Sequence[str]) -> None:
+    """Draw changes of graded behaviour, by site, class of prompts and patched positions."""
     cells: dict[str, dict[str, Record]] = {}
+    beside: list[tuple[str, str, Record]] = []
     for r in sorted(effects, key=lambda r: layer(str(r.site))):
-        cells.setdefault(f"layer {layer(str(r.site))} {r.params['label']}", {})[r.control] = r
-    plain = {name: {"none": cell["none"]} for name, cell in cells.items()}
-    _grouped(axes, plain, ["none"], {"none": COLOURS["last"]})
-    for i, cell in enumerate(cells.values()):
-        for control in CONTROLS:
-            beside = cell.get(control)
-            if beside is not None and beside.value is not None:
-                style: dict[str, Any] = {
-                    "linestyle": "none",
-                    "markersize": 4.5,
-                    "mfc": "white",
-                    "mec": "black",
-                }
-                axes.plot(i, beside.value, **style, **MARKERS[control])
+        name = f"layer {layer(str(r.site))} {r.params['label']}"
+        if r.control == "none":
+            cells.setdefault(name, {})[str(r.positions)] = r
+        elif r.value is not None:
+            beside.append((name, str(r.positions), r))
+    grouped(axes, cells, groups, COLOURS)
+    style: dict[str, Any] = {"linestyle": "none", "markersize": 4, "mfc": "white", "mec": "black"}
+    for name, group, r in beside:
+        place = _place(list(cells).index(name), groups.index(group), groups)
+        axes.plot(place, float(r.value or 0), **style, **MARKERS[r.control])
     solved = effects[0].params.get("metric") == "logprob_correct"
     axes.set_ylabel(f"change of {'log P(correct)' if solved else 'log-odds'} (nats)")
     axes.set_title(f"What it does to {'solving' if solved else 'refusing'}")
 
 
-def _grouped(
+def _place(i: int, j: int, groups: Sequence[str]) -> float:
+    """Return where the bar of a group stands within a cell."""
+    return i + (j - (len(groups) - 1) / 2) * 0.8 / max(len(groups), 2)
+
+
+def grouped(
     axes: Axes,
     cells: dict[str, dict[str, Record]],
     groups: Sequence[str],
@@ -290,7 +250,7 @@ def _grouped(
     width = 0.8 / max(len(groups), 2)
     for i, cell in enumerate(cells.values()):
         for j, group in enumerate(groups):
-            r, x = cell.get(group), i + (j - (len(groups) - 1) / 2) * width
+            r, x = cell.get(group), _place(i, j, groups)
             if r is None:
                 continue
             if r.value is None:
@@ -301,7 +261,10 @@ def _grouped(
             if r.low is not None and r.high is not None:
                 axes.vlines(x, r.low, r.high, color="black", linewidth=1.1)
     axes.axhline(0, color="black", linewidth=0.9)
-    names = ["\n".join(textwrap.wrap(name.replace("_", " "), 9)) for name in cells]
+    names = [
+        "\n".join([*textwrap.wrap(name.replace("_", " "), 9), f"n = {sizes(cell.values())}"])
+        for name, cell in cells.items()
+    ]
     axes.set_xticks(range(len(names)), names, fontsize=6.5)
     half, middle = max(len(names), 2) / 2 + 0.1, (len(names) - 1) / 2
     axes.set_xlim(middle - half, middle + half)

@@ -7,8 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from mechdiff.reporting.behaviour import plot_behaviour_bars
 from mechdiff.reporting.divergence import (
-    plot_behaviour_bars,
     plot_divergence_curve,
     plot_divergence_matrix,
     plot_layer_patch,

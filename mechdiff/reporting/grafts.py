@@ -62,8 +62,14 @@ def plot_graft_bars(results: Results, out: str | Path | None = None) -> Figure:
             else:
                 grid[2, 1].remove()
         grey: dict[str, Any] = {"color": "black", "linestyle": "none", "mfc": "white", "markersize": 4}
-        handles: list[Any] = [Patch(color=colour, label="whole block") for _, colour in DIRECTIONS.values()]
+        handles: list[Any] = [
+            Patch(color=colour, label=f"whole block, {name.partition(' ')[0].lower()}")
+            for name, colour in DIRECTIONS.values()
+        ]
         handles += [Line2D([], [], marker=m, label=f"{part} alone", **grey) for part, m in PARTS.items()]
+        if any(r.control == "random" for r in blocks):
+            plain: dict[str, Any] = {"color": "black", "linestyle": "none", "markersize": 4.5}
+            handles.append(Line2D([], [], marker="x", label="change shuffled (control)", **plain))
         if way:
             handles += [Line2D([], [], color=colour, label=f"KL from {m}") for m, colour in _models(way)]
         if effects:
@@ -98,7 +104,10 @@ def _models(way: list[Record]) -> list[tuple[str, str]]:
 def _blocks(axes: Axes, records: list[Record], colour: str) -> None:
     """Draw a bar per block, and its two parts beside each other."""
     for r in records:
-        if _kind(r) == "block" and r.value is not None:
+        if r.control != "none":
+            if r.value is not None:
+                axes.plot(_layer(r), r.value, marker="x", color="black", markersize=4.5)
+        elif _kind(r) == "block" and r.value is not None:
             axes.bar(_layer(r), r.value, 0.8, color=colour, alpha=0.85)
             if r.low is not None and r.high is not None:
                 axes.vlines(_layer(r), r.low, r.high, color="black", linewidth=1.1)

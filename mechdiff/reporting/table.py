@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 
 from mechdiff.errors import ConfigError
+from mechdiff.reporting.behaviour import BEHAVIOURS, GUESSES, behaviours
 from mechdiff.reporting.cells import counts, find, layer, pair_name, positions_of, sites_of
-from mechdiff.reporting.divergence import BEHAVIOURS, DIRECTIONS, GUESSES, MODELS, behaviours, curve
+from mechdiff.reporting.divergence import DIRECTIONS, MODELS, curve
 from mechdiff.reporting.head_churn import ONE_SIBLING, label_of, rules_of
 from mechdiff.reporting.steering import handle_site
 from mechdiff.results import Record, Results

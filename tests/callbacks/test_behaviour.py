@@ -22,7 +22,7 @@ from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import generator
 from mechdiff.pairs.alignment import encode
 from mechdiff.pairs.loading import LoadedPair
-from mechdiff.pairs.voice import Spoken, voices
+from mechdiff.pairs.voice import Spoken, Voice, voices
 from mechdiff.results import QUANTITIES, Record, Results
 from tests import toys
 from tests.callbacks import pairs
@@ -277,7 +277,25 @@ def test_what_does_not_fit_the_context_is_counted_and_said(
     assert (letter.value, letter.n, letter.reason) == (None, 0, "too_long")
     (cloze,) = found.select(format="cloze", **about)
     assert (cloze.n, cloze.flags) == (4, ())
-    assert "do not fit the context" in caplog.text
+    (line,) = [m for m in caplog.messages if m.startswith("base: ") and "context" in m]
+    head, names = line.rsplit(": ", 1)
+    assert head == f"base: {names.count(',') + 1} prompts do not fit the context and are skipped"
+    assert {f"en_mc-{n:05d}" for n in range(4)} <= set(names.split(", "))
+
+
+def test_answers_that_cannot_be_read_are_counted_and_named(
+    files: dict, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ["It is 7.", "no idea", "none"]
+    monkeypatch.setattr(
+        Voice, "answer_messages", lambda self, messages, _: ([*said, *"abcdefgh"][: len(messages)],) * 2
+    )
+    both = pair({**files, "benchmarks": {"gsm8k": files["benchmarks"]["gsm8k"]}})
+    found = Results(evaluate(both, max_prompts=1)[0])
+    line = "2 answers cannot be read and count as wrong: gsm8k-00001, gsm8k-00002"
+    assert {f"{role}: {line}" for role in ("base", "tuned")} <= set(caplog.messages)
+    (record,) = found.select(quantity="unparsed", model="base", masking=False)
+    assert (record.value, record.n) == (2 / 3, 3)
 
 
 @dataclass

@@ -9,9 +9,8 @@ from PIL import Image
 from rich.console import Console
 
 from mechdiff.errors import ConfigError
+from mechdiff.reporting.behaviour import behaviours, plot_behaviour_bars
 from mechdiff.reporting.divergence import (
-    behaviours,
-    plot_behaviour_bars,
     plot_divergence_curve,
     plot_divergence_matrix,
     plot_layer_patch,
@@ -85,7 +84,8 @@ def test_behaviours_are_given_by_model_without_masking(results: Results) -> None
     assert set(cells) == {"en target", "en neutral"}
     assert {m: r.value for m, r in cells["en target"].items()} == {"base": 0.05, "tuned": 0.9}
     figure = plot_behaviour_bars(results)
-    assert "not measured" in [t.get_text() for axes in figure.axes for t in axes.texts]
+    assert "Not measured: toxicity." in figure._supxlabel.get_text()
+    assert all("n = " in t.get_text() for axes in figure.axes for t in axes.get_xticklabels())
 
 
 def test_the_tables_name_what_matters(results: Results) -> None:

@@ -2,7 +2,9 @@
 
 import re
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from mechdiff.data.benchmarks.registry import load_benchmark
 from mechdiff.errors import PromptError
@@ -86,3 +88,46 @@ def test_bad_files(tmp_path, file, content, message):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(PromptError, match=re.escape(message)):
         load_benchmark("gsm8k", str(tmp_path / file))
+
+
+BAD = "; drop_bad leaves such rows out and lists them)"
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (
+            {"question": "Q", "A": "a"},
+            "{file} lacks column B; found: A, question (key: pair.benchmarks.kk_mc)",
+        ),
+        (
+            MC | {"answer": "E"},
+            "{file}:1: gold letter in answer is 'E'; allowed: A, B, C, D in Latin script (key: "
+            "pair.benchmarks.kk_mc" + BAD,
+        ),
+        (MC | {"C": " "}, "{file}:1: option C is empty (key: pair.benchmarks.kk_mc" + BAD),
+    ],
+)
+def test_the_whole_line(tmp_path, row, line):
+    file = write(tmp_path / "x.jsonl", row)
+    with pytest.raises(PromptError) as caught:
+        load_benchmark("kk_mc", file)
+    assert str(caught.value) == line.format(file=file)
+
+
+def test_the_whole_line_of_a_data_set_that_is_out_of_reach(monkeypatch):
+    def fail(self, *args, **options):
+        raise HTTPError("no route")
+
+    def snapshot_download(name, **options):
+        raise LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(PromptError) as caught:
+        load_benchmark("gsm8k")
+    assert str(caught.value) == (
+        "data set openai/gsm8k cannot be reached on the hub and is not in the local cache; give a local file "
+        "with the same columns, such as data/benchmarks/word_problems.jsonl (key: pair.benchmarks.gsm8k)"
+    )
