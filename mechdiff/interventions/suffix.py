@@ -128,6 +128,7 @@ class SuffixEngine:
         self.model = model
         self._path = blocks_path(model)
         self._num_layers = len(get_blocks(model))
+        self._attended = False  # whether what follows an attention has been compared
         self.check()
 
     @torch.no_grad()
@@ -234,6 +235,9 @@ class SuffixEngine:
             SiteError: If the model has no such layer or the block no attention.
             UsageError: If there is no input for a block that is not the first.
         """
+        if not self._attended:
+            self._attended = True
+            self.check_attended()
         view = self._view(layer - 1, self._input(layer, hidden))
         blocks = view.get_submodule(self._path)
         node = block = _twin(blocks.get_submodule(str(layer)))
@@ -295,26 +299,37 @@ class SuffixEngine:
             whole = self.resume(layer, moved, ids, logits_at=columns)
             tail = self.resume(layer, moved[:, 5:], ids[:, 5:], prefix=prefix, logits_at=columns[:, :3])
             error = torch.cat([whole - truth, tail - truth[:, 5:]], dim=1).abs().max().item()
-            error = max(error, self._error_attended(layer, ids, columns, noise))
             allowed = TOLERANCE[moved.dtype] * truth.abs().max().item()
             if not error <= allowed:
                 found = f"{type(self.model).__name__} resumed after block {layer} is off by {error:.2g} logit"
                 raise UsageError(f"{found}; allowed: {allowed:.2g} (key: pair)")
 
-    def _error_attended(self, layer: int, ids: Tensor, columns: Tensor, noise: Tensor) -> float:
-        """Return the largest error of a logit when the attention of a block is given."""
-        site = Site(layer, "attn_out")
-        if layer not in head_layers(self.model):
-            return 0.0
-        below = [Site(layer - 1)] if layer else []
-        with record(self.model, [site, *below]) as kept:
-            run_logits(self.model, ids)
-        given = kept[site].clone()
-        given[:, 5:] += noise * given[:, 5:].std(dim=-1, keepdim=True)
-        with intervene(self.model, {site: lambda _value, _positions: given}):
-            truth = run_logits(self.model, ids, logits_at=columns)
-        hidden = kept[below[0]] if below else None
-        return (self.resume_attended(layer, hidden, given, ids, logits_at=columns) - truth).abs().max().item()
+    @torch.no_grad()
+    def check_attended(self) -> None:
+        """Compare runs from a given attention output with the whole model; `resume_attended` does so once.
+
+        Raises:
+            UsageError: If a logit is off by more than `TOLERANCE` times the largest.
+        """
+        embedding = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        draws = generator(0, "attended")
+        ids = torch.randint(0, embedding.shape[0], (2, 8), generator=draws).to(embedding.device)
+        layers = head_layers(self.model)
+        for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
+            site, below = Site(layer, "attn_out"), [Site(layer - 1)] if layer else []
+            with record(self.model, [site, *below]) as kept:
+                run_logits(self.model, ids)
+            given = kept[site] * (1 + 0.5 * torch.rand(kept[site].shape, generator=draws).to(kept[site]))
+            with intervene(self.model, {site: lambda _value, _positions, given=given: given}):  # type: ignore[misc]
+                truth = run_logits(self.model, ids)
+            hidden = kept[below[0]] if below else None
+            error = (self.resume_attended(layer, hidden, given, ids) - truth).abs().max().item()
+            allowed = TOLERANCE[given.dtype] * truth.abs().max().item()
+            if not error <= allowed:
+                found = (
+                    f"{type(self.model).__name__} resumed within block {layer} is off by {error:.2g} logit"
+                )
+                raise UsageError(f"{found}; allowed: {allowed:.2g} (key: pair)")
 
     def _view(self, layer: int, hidden: Tensor | None) -> nn.Module:
         """Make a model of the same length that continues from `hidden` after block `layer`."""
