@@ -9,7 +9,7 @@
 4. Chance is a random order of N heads: |S ∩ T| is hypergeometric, agreement at depth d is d/N on average.
 5. Noise makes rankings differ and weakens correlations, and resamples carry it twice. Intervals speak of the
    value expected at this number of prompts: `centred` for correlations, for overlaps the `hull`, which held
-   it in 91 to 100 % of trials with the top 5 and 20 of 100 heads where `centred` came down to 71 %.
+   it in 93 to 100 % of trials with the top 5 and 20 of 100 heads, where `centred` came down to 71 %.
 
 Source: Webber, Moffat and Zobel, ACM Transactions on Information Systems 28 (2010), article 20.
 """

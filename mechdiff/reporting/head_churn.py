@@ -173,7 +173,7 @@ def _rules(axes: Axes, results: Results) -> None:
             elif r.control == "none":
                 axes.bar(i, 100 * r.value, 0.65, color=_CHANGED, alpha=0.85)
                 if r.value == 0:
-                    axes.annotate("0", (i, 0), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+                    axes.annotate("0", (i - 0.2, 0), (0, 2), textcoords="offset points", fontsize=7)
                 if r.low is not None and r.high is not None:
                     axes.vlines(i, 100 * r.low, 100 * r.high, color="black", linewidth=1.1, zorder=3)
         for j, name in enumerate(NULLS):

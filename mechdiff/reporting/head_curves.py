@@ -108,7 +108,8 @@ def plot_cumulative(results: Results, out: str | Path | None = None) -> Figure:
             )
             left.set_ylim(-0.1, 1.1)
         else:
-            left.legend(fontsize=7, loc="upper left")
+            over: dict[str, Any] = {"frameon": True, "edgecolor": "none", "framealpha": 1}
+            left.legend(fontsize=7, loc="best", **over)
         _areas(right, results, main)
         parts = [f"{said(main).capitalize()}. n = {own[0].n} prompts."]
         for r in results.select(quantity="cumulative_effect", of="gap", control="none"):
@@ -140,7 +141,7 @@ def plot_head_truth(results: Results, out: str | Path | None = None) -> Figure:
     with rc_context({**STYLE, "axes.grid.axis": "both"}):
         columns = 2 if len(exchanges) < 3 else 3
         rows = -(-len(exchanges) // columns)
-        size = (WIDTH, 0.8 + rows * (3.7 if columns == 2 else 2.6))
+        size = (WIDTH, 0.8 + rows * (4.1 if columns == 2 else 2.9))
         figure = Figure(figsize=size, dpi=DPI, layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, exchange in zip(panels, exchanges, strict=False):
@@ -158,6 +159,8 @@ def plot_head_truth(results: Results, out: str | Path | None = None) -> Figure:
         n = " to ".join(str(n) for n in sorted({min(r.n for r in exact), max(r.n for r in exact)}))
         metric = SAID.get(exchanges[0][1], exchanges[0][1])
         more = f"n = {n} prompts. [ ] and lines: 95 % intervals over prompts."
+        if not results.select(quantity="head_attribution", subset="patched"):
+            more += " Estimates may be over more prompts; r and overlap are over the same."
         caption(figure, results, f"Effect on the {metric}; truth: the head is patched. {more}")
         return finish(figure, out)
 
@@ -234,7 +237,8 @@ def _scatter(
     where: dict[str, Any] = {"model": model, "metric": metric, "baseline": baseline}
     exact = by_head(results, quantity="head_attribution", method="patch", **where)
     guesses = [
-        by_head(results, quantity="head_attribution", method=method, **where)
+        by_head(results, quantity="head_attribution", method=method, subset=subset, **where)
+        for subset in ("patched", None)
         for method in ("attribution_patching", "grad_x_act", "integrated_gradients")
     ]
     estimate = next((cells for cells in guesses if cells), {})
@@ -260,18 +264,19 @@ def _scatter(
     method = SAID.get(first.params["method"], "estimate") if first else "no estimate"
     axes.set_xlabel(f"{method} ({unit})", fontsize=7.5)
     axes.set_ylabel(f"exact effect ({unit})", fontsize=7.5)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    said_of = f"{model}, {SAID.get(baseline, baseline)}"
-    axes.set_title("The same, near 0" if near else said_of)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4))
+    axes.tick_params(labelsize=7)
+    if near:
+        axes.set_title("The same, near 0", pad=24)
+        return
+    axes.set_title(f"{model}, {SAID.get(baseline, baseline)}", pad=24)
     lines = []
     for r in results.select(quantity="truth_r", group="all", control="none", **where):
         lines.append(f"r = {_with_ends(r)}")
     for r in results.select(quantity="truth_overlap", control="none", **where):
         lines.append(f"top-{r.params['k']} overlap = {_with_ends(r)}")
-    if not near:
-        style: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "fontsize": 7}
-        axes.text(0.97, 0.03, "\n".join(lines), **style)
+    axes.text(0, 1.03, "\n".join(lines), transform=axes.transAxes, fontsize=7)
 
 
 def _with_ends(record: Record) -> str:

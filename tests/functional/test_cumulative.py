@@ -76,7 +76,9 @@ def test_intervals_are_those_of_a_ratio_of_means():
         method="BCa",
         rng=np.random.default_rng(3),
     ).confidence_interval
-    assert found.curve.at(0)[1:3] == pytest.approx(tuple(theirs), abs=0.005)
+    low, high = found.curve.at(0)[1:3]
+    assert 0 < theirs.low - low < 0.01  # a little wider: the tails are expanded
+    assert 0 < high - theirs.high < 0.01
     plain = bootstrap_ratio(*torch.tensor(effects).T, generator=generator(3))
     assert found.curve.at(0).value == pytest.approx(plain.value, rel=1e-12)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats as reference
 
 from mechdiff.errors import FitError
-from mechdiff.functional.intervals import bootstrap_means, centred, detectable
+from mechdiff.functional.intervals import bootstrap_means, centred, detectable, student
 from mechdiff.functional.stats import bootstrap_mean, bootstrap_ratio, generator
 
 
@@ -23,8 +23,8 @@ def ratio(means):
 @pytest.mark.parametrize("n", [8, 20, 49])
 def test_bca_of_skewed_means_agrees_with_scipy(n):
     x = table(n, 3).exp()  # skewed, so that BCa differs from percentiles
-    ours = bootstrap_means(x, generator=generator(1), draws=20_000)
-    plain = bootstrap_means(x, generator=generator(1), draws=20_000, method="percentile")
+    ours = bootstrap_means(x, generator=generator(1), draws=20_000, expand=False)
+    plain = bootstrap_means(x, generator=generator(1), draws=20_000, expand=False, method="percentile")
     for column in range(3):
         theirs = reference.bootstrap(
             (x[:, column].numpy(),),
@@ -41,7 +41,7 @@ def test_bca_of_skewed_means_agrees_with_scipy(n):
 
 def test_bca_of_a_ratio_agrees_with_scipy():
     x = table(20, 2).exp() + 0.3
-    ours = bootstrap_means(x, ratio, generator=generator(3), draws=20_000).at(0)
+    ours = bootstrap_means(x, ratio, generator=generator(3), draws=20_000, expand=False).at(0)
     theirs = reference.bootstrap(
         (x[:, 0].numpy(), x[:, 1].numpy()),
         lambda a, b, axis: a.mean(axis) / b.mean(axis),
@@ -55,7 +55,7 @@ def test_bca_of_a_ratio_agrees_with_scipy():
 
 def test_with_many_prompts_a_column_has_the_interval_of_its_mean():
     x = table(60, 4)
-    whole = bootstrap_means(x, generator=generator(5))
+    whole = bootstrap_means(x, generator=generator(5), draws=4000, expand=False)
     one = bootstrap_mean(x[:, 2], generator=generator(6), draws=4000)
     assert whole.at(2) == pytest.approx(one, abs=0.05)
     assert whole.n == 60
@@ -94,7 +94,24 @@ def test_centred_keeps_to_what_is_possible():
     drawn = torch.linspace(0.2, 0.6, 101, dtype=torch.float64)[:, None]
     found = centred(torch.tensor([0.1], dtype=torch.float64), drawn, 30, bounds=(0.0, 1.0)).at(0)
     assert (found.low, found.value) == (0.0, 0.1)
-    assert found.high == pytest.approx(0.1 + 0.19, abs=0.005)
+    assert found.high == pytest.approx(0.1 + 0.196, abs=0.001)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 17, 64, 301])
+def test_students_quantile_is_that_of_scipy(n):
+    for level in (0.9, 0.95):
+        assert student(level, n) == pytest.approx(reference.t.ppf((1 + level) / 2, n - 1), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [8, 16, 60])
+def test_intervals_of_few_prompts_hold_the_truth_as_often_as_they_say(n):
+    x = table(n, 3000)  # as many trials as columns
+    for method, least in (("bca", 0.93), ("percentile", 0.94), ("centred", 0.94)):
+        found = bootstrap_means(x, generator=generator(10), method=method)
+        held = ((found.low <= 0) & (found.high >= 0)).double().mean().item()
+        assert least <= held <= 0.965, method
+    narrow = bootstrap_means(x, generator=generator(10), expand=False)
+    assert (narrow.high - narrow.low).mean() < (found.high - found.low).mean()
 
 
 @pytest.mark.parametrize("n", [16, 64, 300])

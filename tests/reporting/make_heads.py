@@ -11,7 +11,7 @@ Figures draw the combination of the first ``head_attribution`` of the pair, so t
 
 | quantity | where | params beside these |
 |---|---|---|
-| head_attribution | head; model base, tuned, pair (tuned − base) | method ``patch``: group ``attribution`` or ``random`` |
+| head_attribution | head; model base, tuned, pair (tuned − base) | method ``patch``: group ``attribution`` or ``random``; subset ``patched``: the estimate over the patched prompts alone |
 | head_own_change | head | metric ``norm`` or the target; kind ``own`` or ``inherited`` |
 | graft_recovery | head | method ``graft``, baseline ``weights``, metric ``recovery``; group: heads that change with it |
 | completeness_error | head_out.<layer> without head, per model | |
@@ -196,6 +196,8 @@ def _truth(rng: random.Random) -> list[Record]:
                 params = {"head": r.params["head"], **PATCH, "group": group}
                 about: dict[str, Any] = {"site": r.site, "model": model, "unit": "nats"}
                 found.append(_record("head_attribution", value, 0.05, params=params, **about))
+                same = {"head": r.params["head"], "subset": "patched"}
+                found.append(_record("head_attribution", 1.02 * (r.value or 0), 0.05, params=same, **about))
         for group, value in (("all", 0.93), ("attribution", 0.94), ("random", 0.4)):
             rows = 64 if group == "all" else 32
             about = {"model": model, "unit": "correlation", "rows": rows}

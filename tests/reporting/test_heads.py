@@ -180,12 +180,17 @@ def test_estimates_are_paired_with_the_truth_of_their_head(results: Results) -> 
     figure = plot_head_truth(results)
     tuned = figure.axes[0]
     points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in tuned.lines if line.get_marker() == "o"}
-    guesses = by_head(results, quantity="head_attribution", model="tuned", **MAIN)
+    guesses = by_head(results, quantity="head_attribution", model="tuned", subset="patched", **MAIN)
     exact = by_head(results, quantity="head_attribution", model="tuned", **{**MAIN, "method": "patch"})
     assert points == {(guesses[place].value, r.value) for place, r in exact.items()}
     assert len(points) == 64
+    every = by_head(results, quantity="head_attribution", model="tuned", **MAIN)
+    assert all(guesses[place].value == pytest.approx(1.02 * every[place].value) for place in guesses)
+    assert "may be over more prompts" not in texts(figure)
     assert "r = 0.93 [0.88, 0.98]" in texts(figure)
     assert "top-20 overlap = 0.90 [0.82, 0.98]" in texts(figure)
+    mixed = plot_head_truth(Results([r for r in results if "subset" not in r.params]))
+    assert "Estimates may be over more prompts" in texts(mixed)
     one = Results([r for r in results if r.params.get("method") != "patch" or r.model == "tuned"])
     assert plot_head_truth(one).axes[1].get_title("left") == "The same, near 0"
 
