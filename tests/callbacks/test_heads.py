@@ -49,7 +49,7 @@ def planted() -> Results:
 
 
 def by_head(results: Results, **where: object) -> dict[str, Record]:
-    return {r.params["head"]: r for r in results.select(**where) if "head" in r.params}
+    return {r.params["head"]: r for r in results.select(**where, subset=None) if "head" in r.params}
 
 
 def first(found: dict[str, Record], count: int = len(FLIPPED)) -> set[str]:
