@@ -239,8 +239,8 @@ class Heads(CausalEvaluation):
         case = cases.case("base", 0)
         z = clean_states(case.side.loaded.model, case.prompt).z
         own, heads = Baseline(case.widened(z), where=case.inner), records.tables.names("base")
-        few = heads[:: max(1, len(heads) // 8)]
-        about = {**records.about("patch", "other_model"), "control": "base_vs_base", "model": "base", "n": 1}
+        few, main = heads[:: max(1, len(heads) // 8)], cases.counterfactual
+        about = {**records.about("self_patch", main), "control": "base_vs_base", "model": "base", "n": 1}
         value = effects(case, own, few).abs().max().item()
         yield Record(quantity="head_attribution", value=value, rows=len(few), **about)
 
