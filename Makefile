@@ -1,13 +1,14 @@
-# make env · make demo · make test · make lint
+# make env · make demo · make study · make test · make lint
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 STAMP  := $(VENV)/.installed
 CONFIG ?= configs/clt_cultural.yaml
+PAIRS  ?= configs/pairs/cultural_smol.yaml configs/pairs/cognitive_smol.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format clean
+.PHONY: help env demo study test lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: env ## fit a map from a base to its tuned sibling and patch with it (CONFIG=configs/....yaml)
 	$(PY) train.py --config $(CONFIG)
+
+study: env ## run RQ1 to RQ4 on both embedded pairs and write one report (ARGS="--quick" is shorter)
+	$(PY) -m mechdiff study --pair $(PAIRS) $(ARGS)
 
 test: env ## run the test suite (ARGS="-k hooks" selects)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)

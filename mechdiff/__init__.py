@@ -29,6 +29,7 @@ _HOMES = {
         "project_out",
         "svd_around_direction",
     ),
+    "mechdiff.handles.steering": ("steer",),
     "mechdiff.interventions.attribution": ("attribute", "grad_x_act", "integrated_gradients"),
     "mechdiff.interventions.hooks": ("cache_layer", "get_blocks", "intervene", "record"),
     "mechdiff.interventions.patching": ("head_patch_or_zero", "layer_patch_crossmodel"),

@@ -7,7 +7,16 @@ from importlib import import_module
 
 import mechdiff
 
-VERBS = {"extract": "extract the activations that a configuration needs, on any number of devices, and stop"}
+VERBS = {
+    "extract": "extract the activations that a configuration needs, on any number of devices, and stop",
+    "export": "take a handle out of its run: a file for mechdiff.steer, or a control vector for llama.cpp",
+    "study": "run RQ1 to RQ4 of one or more pairs, resume what was cut off, and write one report",
+    "report": "draw one page from the records of runs, without a model",
+    "doctor": "say what is installed, which models and stores are in reach, and what is wrong",
+}
+
+COMPLETION = "completion"
+"""Prints what makes a shell complete the verbs."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -23,6 +32,9 @@ def main(args: list[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_help())
         return 0
+    if args[0] == COMPLETION:
+        print(f"complete -o default -W '{' '.join(VERBS)}' mechdiff")
+        return 0
     if args[0] not in VERBS:
         print(f"mechdiff: unknown command {args[0]!r}; allowed: {', '.join(VERBS)}", file=sys.stderr)
         return 2
@@ -32,7 +44,8 @@ def main(args: list[str] | None = None) -> int:
 def _help() -> str:
     verbs = "\n".join(f"  {name:<10}{what}" for name, what in VERBS.items())
     usage = "usage: mechdiff [--version] <command> [--help] ..."
-    return f"{usage}\n\ncommands:\n{verbs}\n\nFit and test with train.py and evaluate.py."
+    more = f'Shell completion: eval "$(mechdiff {COMPLETION})" in bash, or in zsh after bashcompinit.'
+    return f"{usage}\n\ncommands:\n{verbs}\n\nFit and test with train.py and evaluate.py.\n{more}"
 
 
 if __name__ == "__main__":

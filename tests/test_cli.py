@@ -319,7 +319,7 @@ def test_the_command_itself_loads_no_library(args: list[str]) -> None:
     if args == ["--version"]:
         assert done.stdout == f"mechdiff {mechdiff.__version__}\n"
     elif args == ["nothing"]:
-        assert done.stderr == "mechdiff: unknown command 'nothing'; allowed: extract\n"
+        assert done.stderr == "mechdiff: unknown command 'nothing'; allowed: extract, study, report, doctor\n"
     else:
         assert "extract" in done.stdout
 

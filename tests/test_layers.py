@@ -27,6 +27,13 @@ MAY_IMPORT = {
     "parser": {"pairs.spec"},  # how a command line is read
     "checkpoints": {"data.store", "interventions.sites"},  # what a checkpoint says of itself
     "prepare": {"pairs", "data", "extraction", "interventions.sites"},  # what a run needs before it is built
+    "study": {
+        "prepare",
+        "parser",
+        "functional",
+        "pairs.spec",
+        "reporting.report",
+    },  # what a study consists of
     "callbacks": {"modules.base", "interventions", "pairs", "data", "functional"},
     "extraction": {"interventions", "pairs", "data", "functional"},
     "modules": {"functional", "interventions.sites"},
@@ -34,6 +41,7 @@ MAY_IMPORT = {
     "data": {"functional", "interventions.sites"},
     "pairs": {"interventions", "functional"},
     "interventions": {"functional"},
+    "handles": {"functional", "interventions"},  # what a handle needs once it has left its pair
     "functional": set(),
     "provenance": {"pairs"},  # what a run says of its models
     "config": set(),
@@ -44,7 +52,8 @@ MAY_IMPORT = {
 FOREIGN = {
     "functional": {"torch"},
     "interventions": {"torch", "transformers"},
-    "reporting": {"matplotlib", "numpy", "pyarrow", "rich", "torch", "tensorboard", "lightning"},
+    "handles": {"torch", "transformers", "safetensors", "xxhash", "gguf"},
+    "reporting": {"jinja2", "matplotlib", "numpy", "pyarrow", "rich", "torch", "tensorboard", "lightning"},
 }
 """Libraries a room may import beside the standard one; rooms not named here are free but for FORBIDDEN."""
 FORBIDDEN = {"modules": {"transformers", "peft", "datasets", "h5py"}, "data": {"transformers", "peft"}}

@@ -150,6 +150,35 @@ def graft(
 
 
 @contextmanager
+def graft_shuffled(
+    recipient: PreTrainedModel,
+    donor: PreTrainedModel,
+    component: str,
+    generator: torch.Generator,
+    rows: Rows | None = None,
+) -> Iterator[None]:
+    """Run the recipient with what a graft would add to each tensor, put into drawn places of that tensor.
+
+    It is as large as the graft and means nothing: what it does is what any change of that size does.
+
+    Args:
+        recipient: As in `graft`, as the other arguments and errors.
+        donor: The model whose weights are borrowed.
+        component: One of `components(recipient)`.
+        generator: Source of the places, on the CPU.
+        rows: Shared ids in recipient and donor.
+    """
+    drawn = []
+    for own, new in _replacements(recipient, donor, component, rows):
+        if not torch.equal(own, new):
+            change = (new - own.detach()).flatten()
+            order = torch.randperm(len(change), generator=generator).to(change.device)
+            drawn.append((own, own.detach() + change[order].view_as(own)))
+    with swapped(drawn):
+        yield
+
+
+@contextmanager
 def interpolate(
     base: PreTrainedModel, tuned: PreTrainedModel, lambda_: float, rows: Rows | None = None
 ) -> Iterator[PreTrainedModel]:

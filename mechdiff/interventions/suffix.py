@@ -94,6 +94,31 @@ def run_logits(
     prefix: DynamicCache | None = None,
 ) -> Tensor:
     """Run a whole model, its head at the wanted columns alone; arguments as in `SuffixEngine.resume`."""
+    logits: Tensor = run(model, input_ids, attention_mask, logits_at, prefix).logits
+    return logits[:, 0] if logits_at is None or logits_at.ndim == 1 else logits
+
+
+def run(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    logits_at: Tensor | None = None,
+    prefix: DynamicCache | None = None,
+    keep: bool = False,
+) -> Any:
+    """Do the same and return all that the model does: None if `stop_after` ended the pass.
+
+    Args:
+        model: The model.
+        input_ids: `(rows, T)`, padded on the right.
+        attention_mask: `(rows, T)`, or None when there is no padding.
+        logits_at: Columns to give logits for; None: the last.
+        prefix: Keys and values of what comes before.
+        keep: Return keys and values also where there is no prefix.
+
+    Raises:
+        UsageError: If shapes disagree or padding is not on the right.
+    """
     rows = input_ids.shape[0]
     if logits_at is None:
         logits_at = torch.full((rows,), input_ids.shape[1] - 1)
@@ -106,14 +131,33 @@ def run_logits(
     if attention_mask is not None and cache is not None:
         before = attention_mask.new_ones(rows, cache.get_seq_length())
         attention_mask = torch.cat([before, attention_mask], dim=1)
-    logits: Tensor = model(
+    return model(
         input_ids=input_ids,
         attention_mask=attention_mask,
         past_key_values=cache,
-        use_cache=cache is not None,
+        use_cache=keep or cache is not None,
         logits_to_keep=logits_at.reshape(rows, -1).to(input_ids.device),
-    ).logits
-    return logits[:, 0] if logits_at.ndim == 1 else logits
+    )
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, input_ids: Tensor, prefix: DynamicCache | None = None) -> DynamicCache:
+    """Compute the keys and values of a prefix in every layer.
+
+    Args:
+        model: The model.
+        input_ids: `(rows, P)` without padding; one row serves any number of rows in `run_logits`.
+        prefix: Those of what comes before, which are not computed again.
+
+    Raises:
+        UsageError: If a layer keeps anything but keys and values (recurrent or linear attention).
+    """
+    cache: DynamicCache = run(model, input_ids, prefix=prefix, keep=True).past_key_values
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            name = type(model).__name__
+            raise UsageError(f"{name} keeps a {type(layer).__name__}; allowed: keys and values (key: pair)")
+    return cache
 
 
 class SuffixEngine:
@@ -146,24 +190,24 @@ class SuffixEngine:
             logits = run_logits(self.model, input_ids, attention_mask, logits_at)
         return CleanRun({site.layer: kept[site] for site in sites}, logits)
 
+    def prefill(self, input_ids: Tensor, prefix: DynamicCache | None = None) -> DynamicCache:
+        """Compute the keys and values of a prefix; see the function of that name."""
+        return prefill(self.model, input_ids, prefix)
+
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor) -> DynamicCache:
-        """Compute the keys and values of a prefix in every layer.
+    def prefill_from(self, layer: int, hidden: Tensor, input_ids: Tensor, own: DynamicCache) -> DynamicCache:
+        """Compute the keys and values of a prefix whose residual after one block is another.
 
         Args:
-            input_ids: `(rows, P)` without padding; one row serves any number of rows in `resume`.
-
-        Raises:
-            UsageError: If a layer keeps anything but keys and values (recurrent or linear attention).
+            layer: The block whose output is replaced.
+            hidden: That output, `(rows, P, d_model)`, from the first token on.
+            input_ids: `(rows, P)` without padding.
+            own: From `prefill` of the same tokens; what it holds up to `layer` is kept.
         """
-        cache = self.model(input_ids=input_ids, use_cache=True, logits_to_keep=1).past_key_values
-        for layer in cache.layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-                name = type(self.model).__name__
-                raise UsageError(
-                    f"{name} keeps a {type(layer).__name__}; allowed: keys and values (key: pair)"
-                )
-        return cache
+        above = prefill(self._view(layer, hidden), input_ids)
+        mixed = copy.copy(own)
+        mixed.layers = [*own.layers[: layer + 1], *above.layers[layer + 1 :]]
+        return mixed
 
     def resume(
         self,

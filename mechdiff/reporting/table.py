@@ -6,8 +6,9 @@ from rich.table import Table
 
 from mechdiff.errors import ConfigError
 from mechdiff.reporting.cells import counts, find, layer, pair_name, positions_of, sites_of
-from mechdiff.reporting.divergence import BEHAVIOURS, DIRECTIONS, MODELS, behaviours, curve
+from mechdiff.reporting.divergence import BEHAVIOURS, DIRECTIONS, GUESSES, MODELS, behaviours, curve
 from mechdiff.reporting.head_churn import ONE_SIBLING, label_of, rules_of
+from mechdiff.reporting.steering import handle_site
 from mechdiff.results import Record, Results
 
 HEAD_NUMBERS = {
@@ -21,6 +22,9 @@ HEAD_NUMBERS = {
 }
 """What is said of heads below their table."""
 
+_EDITS = ("interchange", "mapped", "amplify", "add", "ablate", "reverse")
+_RECOVERY = ("interchange_recovery", "ablate_effect")
+_GRADED = ("refusal_logodds", "logprob_correct")
 SHOWN = ("r2", "r2_delta", "cka_debiased", "kl_raw", "kl_mapped")
 
 
@@ -35,6 +39,7 @@ def tables(results: Results) -> list[Table]:
     """
     questions = {r.question for r in results}
     found = [layer_table(results), behaviour_table(results)] if "rq1" in questions else []
+    found += [handle_table(results)] if "rq3" in questions else []
     found += [head_table(results)] if "rq4" in questions else []
     shown = [table for table in found if table.row_count]
     if "rq2" in questions or not questions:
@@ -88,10 +93,11 @@ def behaviour_table(results: Results) -> Table:
     for heading in models:
         table.add_column(heading, justify="right")
     for quantity in BEHAVIOURS:
-        for name, cell in behaviours(results, quantity).items():
-            table.add_row(
-                quantity.replace("_", " "), name, *(_number(cell.get(model), ".2f") for model in models)
-            )
+        for control in ("none", *GUESSES):
+            for name, cell in behaviours(results, quantity, control).items():
+                shown = name if control == "none" else f"{name} ({control.replace('_', ' ')})"
+                numbers = (_number(cell.get(model), ".2f") for model in models)
+                table.add_row(quantity.replace("_", " "), shown, *numbers)
     return table
 
 
@@ -118,6 +124,51 @@ def head_table(results: Results) -> Table:
         lines.append("† the share by |z| grows with the number of prompts")
     if any("one_sibling_per_class" in r.flags for r in results.select(quantity="churn_difference")):
         lines.append(ONE_SIBLING)
+    table.caption = "\n".join(lines)
+    return table
+
+
+def handle_table(results: Results) -> Table:
+    """Build the table of tested handles: one row per edit and rank at the site that was tested."""
+    table, site = _table(pair_name(results)), handle_site(results)
+    table.title = f"{pair_name(results)}, {site}"
+    for heading in ("edit", "k", "α"):
+        table.add_column(heading, no_wrap=True)
+    headings = ("recovery", "behaviour", "costs: bits\nper byte (%)", "answers that\nturn (pp)", "away")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    here = results.select(question="rq3", site=site, split="eval", control="none")
+    cells: dict[tuple[str, int], dict[str, Record]] = {}
+    for r in here:
+        key = (str(r.params.get("edit")), r.params.get("k"))
+        if r.params.get("alpha", 0) is None or "alpha" in r.params:
+            metric = str(r.params.get("metric", "recovery"))
+            name = "recovery" if r.quantity in _RECOVERY and metric == "recovery" else r.quantity
+            name = "behaviour" if metric in _GRADED else "answers" if metric == "generated" else name
+            cells.setdefault(key, {})[name] = r
+    for (edit, k), found in cells.items():
+        if edit not in _EDITS or "recovery" not in found:
+            continue
+        alpha = found["recovery"].params.get("alpha")
+        costs = [_bounded(found.get(q), f) for q, f in (("side_effect_bpb", 100.0), ("side_effect_pp", 1.0))]
+        row = [_cell(found["recovery"], ".2f"), _cell(found.get("behaviour"), ".2f"), *costs]
+        row.append(_number(found.get("wrong_way"), ".2f"))
+        table.add_row(edit, str(k), "–" if alpha is None else f"{alpha:g}", *row)
+    lines = [
+        "[ ]: 95 % interval over prompts; ≤: one-sided bound. Away: share of prompts moved the wrong way."
+    ]
+    for r in results.select(question="rq3", site=site, control="random", quantity="interchange_recovery"):
+        if r.high is not None:
+            said = f"{r.params['draw']}, k = {r.params['k']}"
+            lines.append(f"random subspaces ({said}): 95 % recover {_signed(r.high, '.2f')} or less")
+    for quantity in ("minimal_k_10", "minimal_k_20", "minimal_k_90"):
+        for r in results.select(question="rq3", quantity=quantity, site=site):
+            found = str(r.reason).replace("_", " ") if r.value is None else f"{r.value:g}"
+            lines.append(
+                f"{quantity.replace('_', ' ')} ({r.params.get('edit') or r.params.get('solver')}): {found}"
+            )
+    if flags := sorted({flag for r in here for flag in r.flags if r.quantity in _RECOVERY}):
+        lines.append(f"† {', '.join(flags).replace('_', ' ')}")
     table.caption = "\n".join(lines)
     return table
 
@@ -188,6 +239,13 @@ def _number(record: Record | None, form: str) -> str:
     if record.value is None:
         return str(record.reason).replace("_", " ")
     return _signed(record.value, form) + ("†" if record.flags else "")
+
+
+def _bounded(record: Record | None, scale: float) -> str:
+    """Write a cost and the bound above it."""
+    if record is None or record.value is None or record.high is None:
+        return _number(record, ".1f")
+    return f"{_signed(scale * record.value, '.1f')}\n≤ {_signed(scale * record.high, '.1f')}"
 
 
 def _cell(record: Record | None, form: str) -> str:

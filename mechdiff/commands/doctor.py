@@ -1,0 +1,177 @@
+"""``mechdiff doctor``: what is installed, which models and stores are in reach, and what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mechdiff
+from mechdiff.errors import UsageError
+
+if TYPE_CHECKING:
+    from mechdiff.pairs.spec import PairSpec
+
+ABOUT = "Say what is installed, which models and stores are in reach, and what is wrong. Nothing is fetched."
+SHOWN = ("torch", "lightning", "transformers", "peft", "h5py", "jsonargparse", "tensorboard", "matplotlib")
+SITES = 4
+"""Sites for which the disk is reckoned, as many as the shipped maps take."""
+TEMPLATE_ROWS = 40
+GIB = 2**30
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the verb."""
+    found = argparse.ArgumentParser("mechdiff doctor", description=ABOUT)
+    pair_help = "pair files; by default those in configs/pairs"
+    found.add_argument("--pair", nargs="+", action="extend", type=Path, metavar="FILE", help=pair_help)
+    found.add_argument("--stores", type=Path, default=Path("stores"), metavar="DIR", help="default: stores")
+    return found
+
+
+def main(args: Sequence[str]) -> int:
+    """Look and tell; 1 if something is wrong.
+
+    Args:
+        args: Command line after the verb.
+    """
+    given = parser().parse_args(args)
+    pairs = given.pair or sorted(Path("configs/pairs").glob("*.yaml"))
+    wrong: list[str] = []
+    for title, lines in (
+        ("installed", _installed(wrong)),
+        ("devices", _devices()),
+        ("pairs", _pairs(pairs, bool(given.pair), given.stores, wrong)),
+        ("stores", _stores(given.stores, wrong)),
+    ):
+        for number, line in enumerate(lines):
+            print(f"{'' if number else title:<10} {line}")
+    print(f"{'wrong':<10} {wrong[0] if wrong else 'nothing'}")
+    for line in wrong[1:]:
+        print(f"{'':<10} {line}")
+    return int(bool(wrong))
+
+
+def _installed(wrong: list[str]) -> Iterator[str]:
+    yield f"mechdiff {mechdiff.__version__}, Python {platform.python_version()} ({sys.executable})"
+    found = {name: version for name in SHOWN if (version := _version(name))}
+    yield ", ".join(f"{name} {version}" for name, version in found.items())
+    for line in metadata.requires("mechdiff") or []:
+        name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
+        if "extra ==" not in line and _version(name) is None:
+            wrong.append(f"{name} is not installed; run: pip install -e .")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[str]:
+    import torch
+
+    yield f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads in use"
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}: {about.name}, {about.total_memory / GIB:.0f} GiB"
+    if torch.backends.mps.is_available():
+        yield "mps"
+
+
+def _pairs(files: Sequence[Path], asked: bool, stores: Path, wrong: list[str]) -> Iterator[str]:
+    """Tell of each pair whether its models are here, and whether its stores will fit.
+
+    A pair that the user did not name may lack its models: the shipped ones need gated weights.
+    """
+    from mechdiff.study import read_pair
+
+    if not files:
+        yield "none: no pair file is given, and there is no folder configs/pairs here"
+    for file in files:
+        try:
+            spec = read_pair(file)
+        except UsageError as error:
+            wrong.append(f"{file}: {error}")
+            continue
+        except SystemExit:
+            wrong.append(f"{file} is not a pair file")
+            continue
+        lacking = dict(_lacking(spec))
+        need = _needed(spec)
+        disk = "" if need is None else f"; its stores need at most {need / GIB:.2f} GiB"
+        said = f"{', '.join(lacking)} not here" if lacking else "all models are here"
+        yield f"{spec.name}: {said}{disk}"
+        if asked:
+            wrong += [f"{spec.name}: {reason}" for reason in lacking.values()]
+        free = shutil.disk_usage(_existing(stores)).free
+        if need is not None and need > free:
+            wrong.append(f"{spec.name} needs {need / GIB:.1f} GiB in {stores}, {free / GIB:.1f} GiB are free")
+
+
+def _lacking(spec: PairSpec) -> Iterator[tuple[str, str]]:
+    """Yield what a pair names and is not on this machine, and why."""
+    from mechdiff.pairs.sources import in_reach
+
+    for role in ("base", "tuned", "reference"):
+        model = getattr(spec, role)
+        if model is not None:
+            try:
+                in_reach(model, f"pair.{role}.id")
+            except UsageError as error:
+                yield str(model.id), str(error)
+    for path in [*spec.prompts, spec.openings]:
+        if path and not Path(path).is_file():
+            yield Path(path).name, f"no file {path}"
+
+
+def _needed(spec: PairSpec) -> int | None:
+    """Return the most bytes that stores of a pair take at `SITES` sites, with a token per byte of text."""
+    from mechdiff.data.prompts import load_prompts, select
+
+    try:
+        texts = [p.text for p in select(load_prompts(spec.prompts), "fit")]
+    except UsageError:
+        return None
+    width = _width(spec)
+    rows = sum(len(text.encode()) + TEMPLATE_ROWS for text in texts)
+    return None if width is None else 2 * SITES * rows * width * 4
+
+
+def _width(spec: PairSpec) -> int | None:
+    """Return the width of base, None if its configuration is not here yet."""
+    from mechdiff.pairs.sources import cache_folder, in_reach
+
+    try:
+        place = in_reach(spec.base, "pair.base.id")
+    except UsageError:
+        return None
+    made = cache_folder() / "models"
+    files = [place / "config.json"] if place.is_dir() else sorted(made.glob(f"{place.stem}-*/config.json"))
+    return int(json.loads(files[0].read_text())["hidden_size"]) if files and files[0].is_file() else None
+
+
+def _stores(folder: Path, wrong: list[str]) -> Iterator[str]:
+    free = shutil.disk_usage(_existing(folder)).free / GIB
+    found = sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
+    size = sum(f.stat().st_size for path in found for f in path.rglob("*") if f.is_file()) / GIB
+    yield f"{folder}: {len(found)} stores, {size:.2f} GiB; {free:.1f} GiB free"
+    for path in found:
+        if not (path / "manifest.json").is_file():
+            wrong.append(f"{path} has no manifest: an extraction was cut off; it is taken up when run again")
+    if not os.access(_existing(folder), os.W_OK):
+        wrong.append(f"{_existing(folder)} cannot be written to (key: extraction.root)")
+
+
+def _existing(folder: Path) -> Path:
+    """Return the nearest folder that exists."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())

@@ -1,0 +1,1 @@
+"""The report: one page a reader can check, drawn from records alone."""
