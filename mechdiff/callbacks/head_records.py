@@ -54,10 +54,11 @@ class HeadRecords:
         cases: The prompts.
         tables: What was measured.
         seed: Seed of resampling.
+        nulls: Draws of swapped labels and of halves.
     """
 
-    def __init__(self, cases: Cases, tables: Tables, seed: int) -> None:
-        self.cases, self.tables, self.seed = cases, tables, seed
+    def __init__(self, cases: Cases, tables: Tables, seed: int, nulls: int = NULL_DRAWS) -> None:
+        self.cases, self.tables, self.seed, self.nulls = cases, tables, seed, nulls
 
     @property
     def unit(self) -> str:
@@ -178,7 +179,7 @@ class HeadRecords:
         found = ranking_agreement(base, tuned, ks, generator=self.draws("rankings"))
         half: dict[tuple[str, int], list[float]] = {}
         draws = self.draws("halves")
-        for _ in range(NULL_DRAWS if len(base) >= 4 else 0):
+        for _ in range(self.nulls if len(base) >= 4 else 0):
             one, other = (part.mean(0) for part in split_halves(base, draws))
             for k in ks:
                 half.setdefault(("topk_overlap", k), []).append(topk_overlap(one, other, k).item())
@@ -216,9 +217,9 @@ class HeadRecords:
         ]
         floors = [rule["floor"] for rule in rules[:-1]]
         found = churn_shares(d, floors, generator=self.draws("shares"))
-        swapped = swapped_shares(d, floors, generator=self.draws("swapped"), draws=NULL_DRAWS)
+        swapped = swapped_shares(d, floors, generator=self.draws("swapped"), draws=self.nulls)
         halves = {
-            role: split_half_shares(x, floors, generator=self.draws("split", role), draws=NULL_DRAWS)
+            role: split_half_shares(x, floors, generator=self.draws("split", role), draws=self.nulls)
             for role, x in models.items()
         }
         for i, rule in enumerate(rules):
@@ -233,13 +234,13 @@ class HeadRecords:
         """Yield how many heads hold half and four fifths of the change, and how many do by chance."""
         about = {**about, "unit": "heads"}
         found = concentration(d, SHARES, generator=self.draws("concentration"))
-        signs = random_signs(NULL_DRAWS, len(d), self.draws("concentration", "swapped"))
+        signs = random_signs(self.nulls, len(d), self.draws("concentration", "swapped"))
         swapped = torch.stack([_holding((d * sign[:, None]).mean(0)) for sign in signs])
         for i, share in enumerate(SHARES):
             yield estimated("concentration", found.at(i), with_params(about, share=share))
             low, high = (swapped[:, i].quantile(q).item() for q in (0.05, 0.95))
             null = Interval(swapped[:, i].mean().item(), low, high, len(d))
-            cell = {**with_params(about, share=share, draws=NULL_DRAWS), "control": "label_swap"}
+            cell = {**with_params(about, share=share, draws=self.nulls), "control": "label_swap"}
             yield estimated("concentration", null, cell)
 
     def _half(

@@ -52,7 +52,7 @@ def refusal_churn(
             case = asked.case(role, index)
             rows.append(effects(case, asked.counter(case, role), heads))
         found[role] = torch.stack(rows)
-    of_refusals = HeadRecords(asked, tables, records.seed)
+    of_refusals = HeadRecords(asked, tables, records.seed, records.nulls)
     values = {"pair": found["tuned"] - found["base"], **found}
     names = [said(head) for head in heads]
     for model, table in values.items():

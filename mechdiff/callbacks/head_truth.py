@@ -98,6 +98,11 @@ class HeadTruth:
             about = self.records.about("patch", name, said(head), group=member[column])
             yield estimated("head_attribution", means.at(place), {**about, "model": role})
         guess = table[list(steps)][:, columns]
+        method = "grad_x_act" if name == "zero" else "attribution_patching"
+        means = bootstrap_means(guess, generator=self.records.draws("patched", role, name))
+        for place, head in enumerate(heads):
+            about = self.records.about(method, name, said(head), subset="patched")
+            yield estimated("head_attribution", means.at(place), {**about, "model": role})
         about = {**self.records.about("patch", name), "model": role}
         for group in ("all", *groups):
             picked = [p for p, c in enumerate(columns) if group in ("all", member[c])]

@@ -25,7 +25,7 @@ from mechdiff.callbacks.head_cases import LEAST, METRICS, Cases, find_cases
 from mechdiff.callbacks.head_changes import HeadChanges
 from mechdiff.callbacks.head_contrast import check_run, contrasted
 from mechdiff.callbacks.head_passes import effects, integrated, short_states
-from mechdiff.callbacks.head_records import HeadRecords
+from mechdiff.callbacks.head_records import NULL_DRAWS, HeadRecords
 from mechdiff.callbacks.head_refusals import refusal_churn
 from mechdiff.callbacks.head_tables import (
     ROLES,
@@ -40,7 +40,7 @@ from mechdiff.callbacks.head_tables import (
 from mechdiff.callbacks.head_truth import HeadTruth
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
-from mechdiff.functional.attribution import COMPLETENESS_LIMIT, completeness_error
+from mechdiff.functional.attribution import COMPLETENESS_LIMIT
 from mechdiff.interventions.head_runs import Baseline, clean_states
 from mechdiff.interventions.sites import Site
 from mechdiff.modules.base import DiffModule, missing
@@ -72,6 +72,7 @@ class Heads(CausalEvaluation):
         orders: Random orders of heads, the control of the order by attribution.
         edge_heads: Heads whose edges are attributed.
         edge_prompts: Prompts of edges; 0 leaves them out.
+        nulls: Draws of swapped labels and of halves of one model's prompts.
         refusal_heads: Heads whose exact effect on the probability of refusing is compared.
         refusal_prompts: Prompts of that; 0 leaves it out.
         contrast: Folder of an earlier run on another pair, whose churn is subtracted from this one's.
@@ -97,6 +98,7 @@ class Heads(CausalEvaluation):
         orders: int = 20,
         edge_heads: int = 20,
         edge_prompts: int = 16,
+        nulls: int = NULL_DRAWS,
         refusal_heads: int = 6,
         refusal_prompts: int = 0,
         contrast: FilePath | None = None,
@@ -124,7 +126,7 @@ class Heads(CausalEvaluation):
             if value < 0:
                 raise ConfigError(f"{name} is {value}; allowed: 0 or more (key: {name})")
         sizes = {"top": top, "steps": steps, "grafted": grafted, "edge_heads": edge_heads}
-        sizes |= {"refusal_heads": refusal_heads}
+        sizes |= {"refusal_heads": refusal_heads, "nulls": nulls}
         for name, value in sizes.items():
             if value < 1:
                 raise ConfigError(f"{name} is {value}; allowed: 1 or more (key: {name})")
@@ -135,7 +137,7 @@ class Heads(CausalEvaluation):
         self.grafted, self.graft_prompts = grafted, graft_prompts
         self.together_prompts, self.orders = together_prompts, orders
         self.edge_heads, self.edge_prompts = edge_heads, edge_prompts
-        self.refusal_heads, self.refusal_prompts = refusal_heads, refusal_prompts
+        self.nulls, self.refusal_heads, self.refusal_prompts = nulls, refusal_heads, refusal_prompts
         self.contrast = None if contrast is None else check_run(contrast)
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
@@ -143,7 +145,7 @@ class Heads(CausalEvaluation):
         cases = find_cases(pair, prompts, self.metric, self.max_prompts)
         tables, means = begin(cases, pair), means_of(cases)
         measure(cases, tables, means, self.track(range(len(cases.prompts)), "heads"), pair)
-        records = HeadRecords(cases, tables, self.seed)
+        records = HeadRecords(cases, tables, self.seed, self.nulls)
         self._keep(cases, tables)
         main = cases.counterfactual
         for name in (main, "zero", "mean", "other_model"):
@@ -193,8 +195,10 @@ class Heads(CausalEvaluation):
                 found = [integrated(case, given, layer, self.steps, states) for layer in layers]
                 rows.append(torch.cat([values for values, _ in found]))
                 sums.append(torch.stack([ends for _, ends in found]))
-            table, ends = torch.stack(rows), torch.stack(sums).sum(0)
-            errors = completeness_error(*ends.unbind(1))
+            table, ends = torch.stack(rows), torch.stack(sums)
+            gaps = (ends[..., 1] - ends[..., 2]).abs()
+            missed = (ends[..., 0] - (ends[..., 1] - ends[..., 2])).abs()
+            errors = torch.where(missed.sum(0) == 0, 0.0, missed.sum(0) / gaps.sum(0))
             method = "integrated_gradients"
             yield from records.per_head(table, "head_attribution", method, name, role, steps=self.steps)
             for layer, error in zip(layers, errors.tolist(), strict=True):
@@ -235,8 +239,8 @@ class Heads(CausalEvaluation):
         case = cases.case("base", 0)
         z = clean_states(case.side.loaded.model, case.prompt).z
         own, heads = Baseline(case.widened(z), where=case.inner), records.tables.names("base")
-        few = heads[:: max(1, len(heads) // 8)]
-        about = {**records.about("patch", "other_model"), "control": "base_vs_base", "model": "base", "n": 1}
+        few, main = heads[:: max(1, len(heads) // 8)], cases.counterfactual
+        about = {**records.about("self_patch", main), "control": "base_vs_base", "model": "base", "n": 1}
         value = effects(case, own, few).abs().max().item()
         yield Record(quantity="head_attribution", value=value, rows=len(few), **about)
 

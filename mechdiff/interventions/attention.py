@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mechdiff.interventions.hooks import _ATTENTION, _part_path, get_blocks
+from mechdiff.interventions.hooks import _ATTENTION, _part, get_blocks
 
 
 def attention_path(block: nn.Module) -> str:
@@ -13,7 +13,8 @@ def attention_path(block: nn.Module) -> str:
     Raises:
         SiteError: If there is none.
     """
-    return _part_path(block, _ATTENTION, "attention")
+    found = _part(block, _ATTENTION, "attention")
+    return next(path for path, module in block.named_modules() if module is found)
 
 
 def head_layers(model: nn.Module) -> list[int]:

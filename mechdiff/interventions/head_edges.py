@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mechdiff.functional.attribution import head_products
+from mechdiff.interventions.attended import run_block
 from mechdiff.interventions.attribution import Score, baseline_products, tagged
 from mechdiff.interventions.head_runs import Baseline, Batch, States
 from mechdiff.interventions.hooks import Edit, head_weights, intervene
@@ -120,7 +121,7 @@ def _into(
 
     edits: dict[Site, Edit] = {Site(layer, "head_z"): keep}
     with intervene(engine.model, edits):
-        engine.run_block(layer, hidden, batch.tokens, batch.mask)
+        run_block(engine, layer, hidden, batch.tokens, batch.mask)
     weight = head_weights(engine.model, layer)
     back = torch.einsum("rtd,hwd->rthw", gradient, weight.to(gradient))
     found = []

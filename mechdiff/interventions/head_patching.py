@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mechdiff.functional.attribution import head_contributions
+from mechdiff.interventions.attended import run_block
 from mechdiff.interventions.grafts import changed, graft
 from mechdiff.interventions.head_runs import Baseline, Batch, States, run_attended
 from mechdiff.interventions.hooks import Edit, head_weights, record
@@ -157,7 +158,7 @@ def own_change(engine: SuffixEngine, donor: PreTrainedModel, batch: Batch, state
         if not changed(model, donor, name):
             continue
         with graft(model, donor, name), record(model, [site]) as seen:
-            engine.run_block(layer, states.hidden.get(layer), batch.tokens, batch.mask)
+            run_block(engine, layer, states.hidden.get(layer), batch.tokens, batch.mask)
         z[layer] = seen[site]
     return Baseline(z, {layer: head_weights(donor, layer) for layer in z})
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from mechdiff.interventions.attended import resume_attended
 from mechdiff.interventions.attention import head_layers
 from mechdiff.interventions.hooks import record
 from mechdiff.interventions.sites import Site
@@ -151,7 +152,8 @@ def run_attended(
 
     tokens = batch.tokens.repeat(copies, 1)
     hidden = copied(states.hidden.get(layer))
-    return engine.resume_attended(
+    return resume_attended(
+        engine,
         layer,
         hidden,
         attention,

@@ -77,16 +77,12 @@ def get_blocks(model: nn.Module) -> nn.ModuleList:
 
 def _part(block: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
     """Find a part of a block by the name of its module, breadth first."""
-    return block.get_submodule(_part_path(block, names, what))
-
-
-def _part_path(block: nn.Module, names: tuple[str, ...], what: str) -> str:
     found = [(path.count("."), path) for path, _ in block.named_modules() if path.rsplit(".", 1)[-1] in names]
     if not found:
         raise SiteError(
             f"{type(block).__name__} has no {what} module; known names: {', '.join(names)} (key: layers)"
         )
-    return min(found)[1]
+    return block.get_submodule(min(found)[1])
 
 
 def _projection(block: nn.Module) -> nn.Module:

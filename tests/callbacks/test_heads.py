@@ -28,12 +28,12 @@ QUICK = {
     "edge_prompts": 6,
     "orders": 2,
 }
-SMALL = {**QUICK, "top": 4, "drawn": 4, "grafted": 4, "steps": 4, "edge_heads": 4}
+SMALL = {**QUICK, "top": 4, "drawn": 4, "grafted": 4, "steps": 4, "edge_heads": 4, "nulls": 6}
 
 
 def run(base: LoadedModel, tuned: LoadedModel, texts: Sequence = (), **options: object) -> Results:
     callback = Heads(**{**SMALL, **options})
-    both, texts = pair(base, tuned), texts or prompts(2)
+    both, texts = pair(base, tuned), texts or prompts(1)
     callback.connect(lambda: both, texts, 17)
     with torch.no_grad():
         found = Results(callback.evaluate(HeadComparison(), both, texts))
@@ -49,7 +49,7 @@ def planted() -> Results:
 
 
 def by_head(results: Results, **where: object) -> dict[str, Record]:
-    return {r.params["head"]: r for r in results.select(**where) if "head" in r.params}
+    return {r.params["head"]: r for r in results.select(**where, subset=None) if "head" in r.params}
 
 
 def first(found: dict[str, Record], count: int = len(FLIPPED)) -> set[str]:
@@ -188,7 +188,7 @@ def test_models_with_other_heads_are_described_but_not_compared() -> None:
 def test_the_churn_of_two_pairs_is_contrasted(tmp_path) -> None:
     quick = dict.fromkeys([*QUICK, "integrated_prompts"], 0) | {"orders": 0}
     base, callback = toys.loaded(), Heads(**{**SMALL, **quick})
-    both, texts = pair(base, plant_null(base)[0]), prompts(2)
+    both, texts = pair(base, plant_null(base)[0]), prompts(1)
     callback.connect(lambda: both, texts, 17)
     with torch.no_grad():
         Results(callback.evaluate(HeadComparison(), both, texts)).write(tmp_path / "results.json")
@@ -201,7 +201,7 @@ def test_the_churn_of_two_pairs_is_contrasted(tmp_path) -> None:
     results = run(base, plant_null(base)[0], contrast=str(tmp_path), **quick)
     (r,) = results.select(quantity="churn_difference")
     assert (r.value, r.low, r.high) == (-1.0, -1.0, -1.0)  # a copied pair has none
-    assert r.n == 16
+    assert r.n == 16  # 8 of each pair
     assert r.flags == ("one_sibling_per_class",)
     pq.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "items.parquet")
     with pytest.raises(ConfigError, match="whose models have different heads or none"):

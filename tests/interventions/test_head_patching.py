@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mechdiff.errors import PairError, UsageError
+from mechdiff.interventions.attended import run_block
 from mechdiff.interventions.attribution import attribute
 from mechdiff.interventions.grafts import graft
 from mechdiff.interventions.head_edges import Edge, attribute_edges, edges_among
@@ -273,7 +274,7 @@ def through(
     layer, head = edge.receiver
     site = Site(layer, "head_z")
     with record(model, [site]) as seen:
-        engine.run_block(layer, states.hidden[layer] + move, batch.tokens)
+        run_block(engine, layer, states.hidden[layer] + move, batch.tokens)
 
     def edit(z: torch.Tensor, _positions: torch.Tensor) -> torch.Tensor:
         return torch.cat([z[:, :, :head], seen[site][:, :, head : head + 1], z[:, :, head + 1 :]], 2)
@@ -321,8 +322,8 @@ def test_blocks_can_run_alone():
     states = clean_states(model, batch)
     for layer in range(LAYERS):
         with record(model, [site := Site(layer, "head_z")]) as seen, torch.no_grad():
-            engine.run_block(layer, states.hidden.get(layer), batch.tokens)
+            run_block(engine, layer, states.hidden.get(layer), batch.tokens)
         assert torch.equal(seen[site], states.z[layer])
     with pytest.raises(UsageError, match="no input for block 1"):
-        engine.run_block(1, None, batch.tokens)
+        run_block(engine, 1, None, batch.tokens)
     assert states.hidden[1].shape == (2, 7, WIDTH)

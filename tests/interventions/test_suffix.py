@@ -127,7 +127,7 @@ def test_a_prefix_is_never_changed(engine):
 def test_the_model_is_left_as_it_was_and_no_weight_is_copied(engine):
     model = engine.model
     modules = {name: id(module) for name, module in model.named_modules()}
-    view = engine._view(2, draw(1, 3, WIDTH))
+    view = engine.view(2, draw(1, 3, WIDTH))
     weights = {weight.data_ptr() for weight in model.parameters()}
     assert {weight.data_ptr() for weight in view.parameters()} < weights
     assert len(get_blocks(view)) == LAYERS
