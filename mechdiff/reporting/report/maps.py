@@ -180,6 +180,6 @@ def headline(view: View) -> list[Inline]:
     if site is None:
         return ["no map was tested"]
     r2, delta, agreement = (cell(view, q, site) for q in ("r2", "r2_delta", "patch_agreement"))
-    parts: list[Inline] = ["R² = ", view.number(r2), ", of the difference ", *view.sentence(delta)]
+    parts: list[Inline] = ["R² = ", *view.sentence(r2), ", of the difference ", *view.sentence(delta)]
     parts += [f" at layer {layer(site)}: {fits.words} beyond its controls; mapped ≈ real patch to "]
     return [*parts, *view.sentence(agreement), f" ({acts.words} beyond the mean shift)"]
