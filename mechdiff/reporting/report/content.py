@@ -143,7 +143,8 @@ def shown(record: Record, value: float) -> str:
     ) or record.quantity == "churn_difference":
         return _minus(f"{100 * value:+.0f} pp")
     if record.quantity in PERCENT:
-        return f"{100 * value:.1f} %" if 0 < value < 0.1 else f"{100 * value:.0f} %"
+        digits = ".2g" if 0 < value < 0.01 else ".1f" if 0 < value < 0.1 else ".0f"
+        return f"{format(100 * value, digits)} %"
     if record.unit == "pp":
         return _minus(f"{value:.1f} pp")
     if record.quantity == "side_effect_bpb":

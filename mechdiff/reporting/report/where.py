@@ -183,10 +183,14 @@ def _layers(view: View) -> list[Table | Text]:
     onsets = view.pair.select("rq1", quantity="patch_onset", model="pair", positions="last")
     if onsets:
         said = [
-            [f"{words(r.params.get('direction'))} from layer ", view.number(r), f" (n = {r.n:,})"]
+            [
+                f"{words(r.params.get('direction'))} {'layer ' if r.value is not None else ''}",
+                view.number(r),
+                f" (n = {r.n:,})",
+            ]
             for r in onsets
         ]
-        parts: list[Inline] = ["First layer with an effect above the floor: "]
+        parts: list[Inline] = ["First layer with an effect above the floor, by direction: "]
         for i, one in enumerate(said):
             parts += [*(["; "] if i else []), *one]
         blocks.append(Text([*parts, "."]))
