@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from mechdiff.reporting.cells import layer
 from mechdiff.reporting.report.charts import Point, Series, head_map, line_chart
 from mechdiff.reporting.report.content import DASH, Cell, Chart, Inline, Panel, Section, Table, Takeaway
-from mechdiff.reporting.report.verdict import Verdict, judge, words
+from mechdiff.reporting.report.verdict import Verdict, judge, judge_p, words
 from mechdiff.reporting.report.view import View, count, mark, named, span
 from mechdiff.results import Record
 
@@ -107,12 +107,12 @@ def _largest(view: View) -> list[Table]:
         p = view.pair.one("rq4", quantity="churn_p", control="none", head=f"{at[0]}.{at[1]}")
         cells: list[Cell] = [
             [view.number(r)],
-            [mark(judge(r, null=0.0, side="either"))],
+            [mark(judge_p(p))],
             [view.number(p)],
             [view.number(own.get(at))],
         ]
         rows.append([[f"{at[0]}.{at[1]}"], *cells, [count(r)]])
-    head = ["head", "tuned − base", "differs from 0", "family-wise p", "own change", "n"]
+    head = ["head", "tuned − base", "beyond swapped labels", "family-wise p", "own change", "n"]
     caption = (
         f"The {len(rows)} largest changes of {len(found)} heads (layer.head). Control: labels "
         "swapped per prompt, whose largest change gives p."

@@ -19,6 +19,7 @@ from mechdiff.results import Record
 
 Side = Literal["above", "below", "either"]
 
+LEVEL_P = 0.05
 WITHIN_RANDOM = "within_random"
 """Flag of a run that has compared an effect with random ones prompt by prompt, and found no more."""
 
@@ -82,6 +83,19 @@ def judge(
             return Verdict("none", _missed(record, name, low, high, side))
     names = ", ".join(dict.fromkeys(name for name, *_ in against))
     return Verdict("found", f"the interval lies beyond {names}")
+
+
+def judge_p(record: Record | None) -> Verdict:
+    """Say whether one of many numbers stands out, by its p over all: the largest always look large.
+
+    Args:
+        record: The family-wise p.
+    """
+    if record is None or record.value is None:
+        return Verdict("untested", "no p over all of them was measured")
+    if record.value <= LEVEL_P:
+        return Verdict("found", f"p = {record.value:.3f} over all of them")
+    return Verdict("none", f"as large a one arises where nothing differs, p = {record.value:.3f}")
 
 
 def words(name: object) -> str:
