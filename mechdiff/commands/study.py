@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from mechdiff.commands.options import Options
 from mechdiff.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ ABOUT = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Options:
     """Build the parser of the verb."""
-    found = argparse.ArgumentParser("mechdiff study", description=ABOUT, allow_abbrev=False)
+    found = Options("mechdiff study", description=ABOUT, allow_abbrev=False)
     pair_help = "pair file; several make a contrast study"
     found.add_argument(
         "--pair", nargs="+", action="extend", required=True, type=Path, metavar="FILE", help=pair_help

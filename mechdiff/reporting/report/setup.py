@@ -77,6 +77,7 @@ def setup(views: Sequence[View]) -> Section:
                 "Next-token mass on tokens that the other model lacks (descriptive; no control applies).",
                 ["model and prompts", "lost mass", "n"],
                 lost,
+                detail=True,
             )
         )
     else:
