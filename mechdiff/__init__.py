@@ -42,6 +42,7 @@ _HOMES = {
     "mechdiff.reporting.divergence": ("plot_divergence_curve", "plot_layer_patch"),
     "mechdiff.reporting.grafts": ("plot_graft_bars",),
     "mechdiff.reporting.plotting": ("plot_clt_bars", "plot_patch_bars"),
+    "mechdiff.reporting.report.page": ("write_report",),
     "mechdiff.reporting.table": ("summary",),
     "mechdiff.results": ("Record", "Results"),
 }
