@@ -33,6 +33,8 @@ SHARES: dict[str, tuple[str, bool]] = {
     "truth_overlap": ("overlap of attribution's and patching's highest heads", False),
 }
 """Quantities of all heads together, and whether more than their controls is a claim."""
+CELL = ("rule", "floor", "floor_from", "share", "k", "persistence", "level")
+"""Parameters that tell one share from another, besides how it was measured."""
 KEPT = ("rule", "floor_from", "share", "k", "of")
 METHOD = (
     "Every head is attributed in both models on the same prompts (gradient × activation on its "
@@ -157,9 +159,7 @@ def nulls(view: View, record: Record | None) -> list[Record]:
     """Return what a share reaches where nothing differs: the same cell under every control, of any model."""
     if record is None:
         return []
-    keys = [
-        k for k in ("rule", "floor", "floor_from", "share", "k", "persistence", "of") if k in record.params
-    ]
+    keys = [k for k in (*MAIN, *CELL) if k in record.params]
     found = view.pair.select("rq4", quantity=record.quantity, site=record.site)
     same = [
         r for r in found if r.control != "none" and all(r.params.get(k) == record.params[k] for k in keys)

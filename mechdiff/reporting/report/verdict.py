@@ -1,6 +1,7 @@
 """When a number may be called an effect.
 
-1. A claim needs an interval and at least one control, or a value that the quantity has where nothing differs.
+1. A claim needs some prompts, an interval, and at least one control or a value that the quantity has where
+   nothing differs.
 2. It is found where the interval lies wholly beyond every control, and beyond the control's own interval
    where that has one: of random draws, beyond their 95th percentile.
 3. Else no effect is found. What cannot be judged is said to be untested and is never called found.
@@ -19,6 +20,8 @@ from mechdiff.results import Record
 
 Side = Literal["above", "below", "either"]
 
+FEWEST = 6
+"""Prompts below which nothing is claimed: sign flips of 5 have no p below 0.05 on both sides."""
 LEVEL_P = 0.05
 WITHIN_RANDOM = "within_random"
 """Flag of a run that has compared an effect with random ones prompt by prompt, and found no more."""
@@ -66,6 +69,8 @@ def judge(
         return Verdict("untested", "not measured")
     if record.value is None:
         return Verdict("untested", f"not measurable: {words(record.reason)}")
+    if record.n < FEWEST:
+        return Verdict("untested", f"{record.n} prompts are too few")
     if WITHIN_RANDOM in record.flags:
         return Verdict("none", "random subspaces do as much on the same prompts")
     needed = {"above": (record.low,), "below": (record.high,), "either": (record.low, record.high)}[side]

@@ -74,6 +74,12 @@ def test_a_difference_is_judged_against_0(record: Record, side, kind: str) -> No
     assert judge(record, null=0.0, side=side).kind == kind
 
 
+def test_few_prompts_allow_no_claim() -> None:
+    few = replace(number(0.6, 0.5, 0.7), n=5)
+    assert judge(few, [number(0.1, control="random")]).why == "5 prompts are too few"
+    assert judge(replace(few, n=6), [number(0.1, control="random")]).found
+
+
 def test_what_a_run_has_compared_prompt_by_prompt_counts() -> None:
     record = replace(number(0.6, 0.5, 0.7), flags=("within_random",))
     assert judge(record, [number(0.1, control="random")]).kind == "none"
