@@ -66,7 +66,7 @@ def study(place: Path, out: Path, *more: str, pairs: Sequence[str] = ("pair", "o
         "--trainer.accelerator=cpu",
         f"--extraction.root={place / 'stores'}",
     ]
-    return main(["study", "--pair", *files, "--out", str(out), *options, *more])
+    return main(["study", "--pair", *files, "--out", str(out), "--no-figures", *options, *more])
 
 
 @pytest.fixture(scope="module")

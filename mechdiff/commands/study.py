@@ -43,6 +43,9 @@ def parser() -> Options:
     found.add_argument(
         "--configs", type=Path, default=Path("configs"), metavar="DIR", help="default: configs"
     )
+    found.add_argument(
+        "--no-figures", action="store_true", help="leave out the figures at the end of the page"
+    )
     return found
 
 
@@ -100,7 +103,7 @@ def _study(given: argparse.Namespace, more: Sequence[str]) -> int:
     if not any(step.done for step in steps):
         return 2
     compare(read_study([out]))
-    for path in write_report([out], out):
+    for path in write_report([out], out, not given.no_figures):
         console.print(f"report  {path}", soft_wrap=True, highlight=False)
     return 2 if failed else 0
 
