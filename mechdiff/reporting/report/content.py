@@ -184,7 +184,10 @@ def _bare(record: Record, value: float) -> str:
 
 
 def _minus(text: str) -> str:
-    return text.replace("-", "−")
+    """Put a true minus sign, and none before a number that is rounded to 0."""
+    sign, digits = text[:1], text[1:]
+    nothing = not any(c in "123456789" for c in digits)
+    return digits if sign == "-" and nothing else text.replace("-", "−")
 
 
 def joined(parts: Iterable[Inline], by: str = ", ") -> list[Inline]:

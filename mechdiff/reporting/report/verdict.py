@@ -70,7 +70,7 @@ def judge(
     if record.value is None:
         return Verdict("untested", f"not measurable: {words(record.reason)}")
     if record.n < FEWEST:
-        return Verdict("untested", f"{record.n} prompts are too few")
+        return Verdict("untested", f"too few prompts (n = {record.n})")
     if WITHIN_RANDOM in record.flags:
         return Verdict("none", "random subspaces do as much on the same prompts")
     needed = {"above": (record.low,), "below": (record.high,), "either": (record.low, record.high)}[side]

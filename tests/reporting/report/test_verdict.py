@@ -76,7 +76,7 @@ def test_a_difference_is_judged_against_0(record: Record, side, kind: str) -> No
 
 def test_few_prompts_allow_no_claim() -> None:
     few = replace(number(0.6, 0.5, 0.7), n=5)
-    assert judge(few, [number(0.1, control="random")]).why == "5 prompts are too few"
+    assert judge(few, [number(0.1, control="random")]).why == "too few prompts (n = 5)"
     assert judge(replace(few, n=6), [number(0.1, control="random")]).found
 
 
