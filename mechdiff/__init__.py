@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "mechdiff.callbacks.behaviour": ("Behaviour",),
     "mechdiff.callbacks.grafts": ("Grafts",),
+    "mechdiff.callbacks.heads": ("Heads",),
     "mechdiff.callbacks.layer_patch": ("LayerPatch",),
     "mechdiff.callbacks.patching": ("MappedPatch",),
     "mechdiff.data.activations": ("ActivationPairs",),
@@ -19,6 +20,7 @@ _HOMES = {
     "mechdiff.errors": ("UsageError",),
     "mechdiff.extraction.collect": ("collect_last_token_resids",),
     "mechdiff.functional.cka": ("linear_cka", "standardize"),
+    "mechdiff.functional.churn": ("churn_shares", "head_churn"),
     "mechdiff.functional.clt": ("fit_ridge", "map_states"),
     "mechdiff.functional.metrics": ("kl_divergence", "refusal_score"),
     "mechdiff.functional.steering": (
@@ -27,6 +29,8 @@ _HOMES = {
         "project_out",
         "svd_around_direction",
     ),
+    "mechdiff.handles.steering": ("steer",),
+    "mechdiff.interventions.attribution": ("attribute", "grad_x_act", "integrated_gradients"),
     "mechdiff.interventions.hooks": ("cache_layer", "get_blocks", "intervene", "record"),
     "mechdiff.interventions.patching": ("head_patch_or_zero", "layer_patch_crossmodel"),
     "mechdiff.interventions.sites": ("Site",),
@@ -41,6 +45,7 @@ _HOMES = {
     "mechdiff.pairs.tokenizers": ("SharedVocab", "load_tokenizers", "shared_vocab_maps"),
     "mechdiff.reporting.divergence": ("plot_divergence_curve", "plot_layer_patch"),
     "mechdiff.reporting.grafts": ("plot_graft_bars",),
+    "mechdiff.reporting.head_churn": ("plot_head_churn",),
     "mechdiff.reporting.plotting": ("plot_clt_bars", "plot_patch_bars"),
     "mechdiff.reporting.report.page": ("write_report",),
     "mechdiff.reporting.table": ("summary",),

@@ -9,6 +9,7 @@ import mechdiff
 
 VERBS = {
     "extract": "extract the activations that a configuration needs, on any number of devices, and stop",
+    "export": "take a handle out of its run: a file for mechdiff.steer, or a control vector for llama.cpp",
     "study": "run RQ1 to RQ4 of one or more pairs, resume what was cut off, and write one report",
     "report": "draw one page from the records of runs, without a model",
     "doctor": "say what is installed, which models and stores are in reach, and what is wrong",

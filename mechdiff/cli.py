@@ -23,11 +23,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from mechdiff import checkpoints, prepare
-from mechdiff.callbacks import CausalEvaluation
+from mechdiff.callbacks import CausalEvaluation, CausalLoss
 from mechdiff.callbacks.graded import read_openings
 from mechdiff.config import SEED
 from mechdiff.data.activations import ActivationPairs
-from mechdiff.data.prompts import load_prompts
+from mechdiff.data.prompts import for_domain, load_prompts
 from mechdiff.errors import CheckpointError, ConfigError, UsageError
 from mechdiff.extraction.extractor import ExtractionSpec
 from mechdiff.interventions.sites import Site, check_layers
@@ -159,7 +159,8 @@ class MechdiffCLI(LightningCLI):
             cfg.weights_only = True
         self._settle_seed()
         spec = prepare.pair_spec(cfg.get("pair"))
-        self.prompts = prepare.few(load_prompts(spec.prompts)) if self.fast else load_prompts(spec.prompts)
+        prompts = for_domain(load_prompts(spec.prompts), spec.domain)
+        self.prompts = prepare.few(prompts) if self.fast else prompts
         if spec.openings:
             read_openings(Path(spec.openings))  # a mistake in them would show after the fit only
         data, model = cfg.data.init_args, cfg.model.init_args
@@ -170,6 +171,7 @@ class MechdiffCLI(LightningCLI):
             data.tokens = None
         asked = prepare.parse_layers(cfg.layers)  # a mistake shows before a model is loaded
         self.pair = load_pair(spec, prepare.device(trainer))
+        self.given, self.prompts = len(self.prompts), prepare.fitting(self.prompts, self.pair)
         if cfg.layers == prepare.FROM_RQ1:
             cfg.layers = prepare.from_rq1(trainer.logger, self.pair)
             asked = prepare.parse_layers(cfg.layers)
@@ -186,7 +188,11 @@ class MechdiffCLI(LightningCLI):
         given = {role: data.get(role) or "" for role in ("source", "target")}
         roles = {"source": sources, "target": sites}
         options = self.extraction_trainer()
-        self.stores = prepare.fill_stores(self.pair, self.prompts, roles, extraction, given, options)
+        self.stores = (
+            prepare.fill_stores(self.pair, self.prompts, roles, extraction, given, options)
+            if prepare.needs_states(cfg.data)
+            else {}
+        )
         if self._stored and not self.fast:
             checkpoints.check_stores(cfg.ckpt_path, self._stored, self.stores)
         for role, store in self.stores.items():
@@ -235,7 +241,7 @@ class MechdiffCLI(LightningCLI):
             raise ConfigError(f"{processes} processes are asked for; {what} runs in 1: {hint}")
         seed = self.cfg.seed_everything
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, CausalEvaluation):
+            if isinstance(callback, CausalEvaluation | CausalLoss):
                 callback.connect(lambda: self.pair, self.prompts, seed)
         self.datamodule.setup(self.verb)
         keys = {role: store.identity.key for role, store in self.stores.items()}
@@ -286,12 +292,20 @@ class MechdiffCLI(LightningCLI):
         )
 
     def _coverage(self) -> Iterator[Record]:
-        """Yield the share of the target's rows with a partner in the source, by language and positions."""
+        """Yield the share of the target's rows with a partner in the source, by language and positions.
+
+        Where prompts were too long, that of the prompts that were not stands before it.
+        """
+        about: dict[str, Any]
+        if self.given > len(self.prompts):
+            share, params = len(self.prompts) / self.given, {"of": "prompts", "within": "context"}
+            about = {"split": "all", "unit": "fraction", "params": params}
+            yield Record(self.model.question, "coverage", share, self.given, **about)
         if not isinstance(self.datamodule, ActivationPairs):
             return
         for count in self.datamodule.coverage:
             prompts = sum(p.lang == count.lang for p in self.datamodule.prompts)
-            about: dict[str, Any] = {
+            about = {
                 "positions": count.position,
                 "split": "all",
                 "unit": "fraction",

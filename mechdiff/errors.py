@@ -39,3 +39,7 @@ class FitError(UsageError):
 
 class CheckpointError(UsageError):
     """A checkpoint is missing or belongs to another pair, layer or class."""
+
+
+class HandleError(UsageError):
+    """A handle cannot be exported, or its file is missing, malformed or made for another model."""

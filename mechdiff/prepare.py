@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -16,10 +17,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mechdiff.config import LAYER_STRIDE, fallback_layers
 from mechdiff.data.prompts import Prompt, select
 from mechdiff.data.store import ActivationStore
-from mechdiff.errors import ConfigError
+from mechdiff.errors import ConfigError, PromptError
 from mechdiff.extraction.extractor import ExtractionSpec, ensure_store, store_identity
 from mechdiff.interventions.sites import Site, check_layers
-from mechdiff.pairs.alignment import template_tokens
+from mechdiff.pairs.alignment import encode, template_tokens
 from mechdiff.pairs.loading import LoadedModel, LoadedPair
 from mechdiff.pairs.spec import ModelSpec, PairSpec
 from mechdiff.results import Record, Results
@@ -63,6 +64,35 @@ def device(trainer: Namespace) -> torch.device:
         raise ConfigError(
             f"{reason} (keys: trainer.accelerator, trainer.devices, trainer.strategy)"
         ) from error
+
+
+def fitting(prompts: Sequence[Prompt], pair: LoadedPair) -> list[Prompt]:
+    """Leave out prompts that are longer than the context of a model, and say how many and which.
+
+    Args:
+        prompts: All prompts.
+        pair: The models.
+
+    Raises:
+        PromptError: If none is left.
+    """
+    models = [m for m in (pair.base, pair.tuned, pair.reference) if m is not None]
+    # A token is at least one byte, so that only long texts need to be encoded.
+    long = [
+        p
+        for p in prompts
+        if any(2 * len(p.text.encode()) > m.context_length for m in models)
+        and any(len(encode(m.tokenizer, p.text)) > m.context_length for m in models)
+    ]
+    if len(long) == len(prompts):
+        raise PromptError(f"all {len(long)} prompts are longer than a model's context (key: pair.prompts)")
+    if long:
+        left_out = set(long)
+        names = ", ".join(p.id for p in long[:5]) + (", ..." if len(long) > 5 else "")
+        said = f"{len(long)} of {len(prompts)} prompts are longer than a model's context and are skipped"
+        print(f"mechdiff: warning: {said}: {names} (key: pair.prompts)", file=sys.stderr)
+        return [p for p in prompts if p not in left_out]
+    return list(prompts)
 
 
 def parse_layers(layers: list[int | str] | str) -> list[Site] | None:
@@ -158,6 +188,12 @@ def needs_fit(model: Namespace) -> bool:
     """Say whether a configured module has nothing to test before a fit."""
     module, _, name = model.class_path.rpartition(".")
     return bool(getattr(import_module(module), name).needs_fit)
+
+
+def needs_states(data: Namespace) -> bool:
+    """Say whether a configured data class serves states, which have to be extracted."""
+    module, _, name = data.class_path.rpartition(".")
+    return bool(getattr(getattr(import_module(module), name), "stored", True))
 
 
 def fill_stores(

@@ -22,8 +22,8 @@ QUANTITIES: dict[str, frozenset[str]] = {
         refusal_rate refusal_logodds style_markers toxicity mc_acc mc_acc_norm mc_acc_bytes
         logprob_correct exact_match bias_score bits_per_byte new_token_mass cka cka_debiased patch_kl
         patch_recovery patch_effect patch_increment patch_onset chosen_layer coverage graft_kl graft_recovery
-        weight_change weight_share weight_rank interpolation_kl interpolation_effect
-        """.split()  # noqa: SIM905 - reads better than 28 quoted words
+        weight_change weight_share weight_rank interpolation_kl interpolation_effect unparsed pwcca
+        """.split()  # noqa: SIM905 - reads better than 30 quoted words
     ),
     "rq2": frozenset(
         """
@@ -35,8 +35,8 @@ QUANTITIES: dict[str, frozenset[str]] = {
         """
         steer_effect ablate_effect interchange_recovery side_effect_pp side_effect_bpb probe_auroc
         minimal_k_10 minimal_k_20 minimal_k_90 transfer_effect gated_effect wrong_way
-        chosen_handle edit_norm energy_share principal_angle head_path_effect
-        """.split()  # noqa: SIM905 - reads better than 17 quoted words
+        chosen_handle edit_norm energy_share principal_angle head_path_effect coverage
+        """.split()  # noqa: SIM905 - reads better than 18 quoted words
     ),
     "rq4": frozenset(
         """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -79,3 +81,17 @@ def tiny_model(
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Draw token ids `(rows, length)`, none of them padding."""
     return torch.randint(2, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def keep_double(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the norms of a float64 model stay in float64, which the library casts to float32."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_rms_norm, module)  # type: ignore[method-assign]
+    return model
+
+
+def _rms_norm(norm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
+    scaled = hidden * (hidden.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return scaled * (norm.weight + (1 if type(norm).__name__.startswith("Gemma") else 0))

@@ -33,7 +33,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def trial(name: str, pair: Path, *more: object) -> int:
     options = ["--config", ROOT / "configs" / f"{name}.yaml", "--pair", pair, LAYERS]
     quick = ["--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false"]
-    verb = "test" if name.startswith("rq1") else "fit"
+    verb = "test" if name.startswith(("rq1", "rq4")) else "fit"
     return run(verb, *options, *quick, "--trainer.accelerator=cpu", *more)
 
 

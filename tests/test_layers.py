@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "data": {"functional", "interventions.sites"},
     "pairs": {"interventions", "functional"},
     "interventions": {"functional"},
+    "handles": {"functional", "interventions"},  # what a handle needs once it has left its pair
     "functional": set(),
     "provenance": {"pairs"},  # what a run says of its models
     "config": set(),
@@ -51,6 +52,7 @@ MAY_IMPORT = {
 FOREIGN = {
     "functional": {"torch"},
     "interventions": {"torch", "transformers"},
+    "handles": {"torch", "transformers", "safetensors", "xxhash", "gguf"},
     "reporting": {"jinja2", "matplotlib", "numpy", "pyarrow", "rich", "torch", "tensorboard", "lightning"},
 }
 """Libraries a room may import beside the standard one; rooms not named here are free but for FORBIDDEN."""

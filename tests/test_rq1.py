@@ -1,12 +1,17 @@
 """Where do two models differ: the command as a user runs it, and its layers in a run downstream."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mechdiff.errors import PromptError
+from mechdiff.prepare import fitting
 from mechdiff.results import Results
+from tests.callbacks.pairs import pair
+from tests.toys import loaded, prompts
 from tests.workspace import config, run, workspace
 
 
@@ -118,3 +123,19 @@ def test_there_is_nothing_to_fit(place: Path, tmp_path: Path, capsys: pytest.Cap
     quick = ["--trainer.fast_dev_run=true", "--layers=[1]"]
     assert run("fit", *config("rq1_cultural"), *options(place, tmp_path), *quick) == 2
     assert "Divergence has nothing to fit; run evaluate.py" in capsys.readouterr().err
+
+
+def test_prompts_beyond_the_context_are_counted_skipped_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    both = pair(loaded(context=64), loaded(context=256, seed=1))
+    texts = prompts(1)
+    long = replace(texts[3], text="why " * 40)
+    given = [*texts[:3], long, *texts[4:]]
+    assert fitting(given, both) == [*texts[:3], *texts[4:]]
+    said = (
+        f"1 of 16 prompts are longer than a model's context and are skipped: {long.id} (key: pair.prompts)\n"
+    )
+    assert capsys.readouterr().err == f"mechdiff: warning: {said} (key: pair.prompts)\n"
+    assert fitting(texts, both) == texts
+    assert capsys.readouterr().err == ""
+    with pytest.raises(PromptError, match=r"^all 1 prompts are longer than a model's context"):
+        fitting([long], both)

@@ -46,6 +46,7 @@ def save_prompts(folder: Path, families: int = 3) -> list[str]:
     held = [p for p in found if p.template.endswith("t0") and p.topic.endswith("s0")]
     rows = {
         "fit.jsonl": found,
+        "dev.jsonl": [replace(p, id=f"dev-{p.id}", split="dev", text=f"{p.text} now") for p in held],
         "eval.jsonl": [replace(p, id=f"eval-{p.id}", split="eval", text=f"{p.text} then") for p in held],
     }
     for name, items in rows.items():
@@ -62,7 +63,7 @@ def write_pair(folder: Path, name: str = "pair.yaml", **more: Any) -> Path:
         "name": "tiny",
         "base": {"id": "./base"},
         "tuned": {"id": "./tuned"},
-        "prompts": ["fit.jsonl", "eval.jsonl"],
+        "prompts": ["fit.jsonl", "dev.jsonl", "eval.jsonl"],
         "openings": "openings.jsonl",
     }
     path = folder / name

@@ -10,7 +10,9 @@ Three kinds of example:
 
 A request is sensitive when a sensitive *kind of request* meets a sensitive *topic*. ``keep`` therefore holds
 sensitive wordings with harmless subjects, factual wordings with sensitive topics, hand-written twins of
-sensitive requests, everyday scenes with hostile demands, and plain questions. Every ninth wording and every
+sensitive requests, everyday scenes with hostile demands, everyday domains (food, family, neighbours,
+holidays, peoples and customs, school), and plain questions. What stands around a request is drawn in the same
+way for both kinds, so that length and style say nothing about sensitivity. Every ninth wording and every
 ninth topic (subject, plain question) is held out for development.
 """
 
@@ -49,7 +51,7 @@ def lists(lang: str) -> dict[str, Any]:
     """Read all lists of one language; topics come flat."""
     read = {
         name: yaml.safe_load((TEXTS / f"{name}_{lang}.yaml").read_text(encoding="utf-8"))
-        for name in ("topics", "requests", "harmless", "pairs", "refusals", "wrappers", "scenes")
+        for name in ("topics", "requests", "harmless", "domains", "pairs", "refusals", "wrappers", "scenes")
     }
     topics = [topic for group in read.pop("topics").values() for topic in group]
     return {"topics": topics} | {key: value for part in read.values() for key, value in part.items()}
@@ -73,9 +75,9 @@ def fill(template: str, topic: str, other: str, lang: str) -> str:
 
 
 def wrap(text: str, lang: str, rng: torch.Generator) -> str:
-    """Put a harmless sentence before the request in a quarter of cases, and one after it in a quarter."""
+    """Put a harmless sentence before the request in a third of cases, and one after it in a third."""
     words = lists(lang)
-    before, after = torch.rand(2, generator=rng) < 0.25
+    before, after = torch.rand(2, generator=rng) < 1 / 3
     return " ".join([*[pick(words["before"], rng)] * before, text, *[pick(words["after"], rng)] * after])
 
 
@@ -93,12 +95,18 @@ def refusal(lang: str, rng: torch.Generator) -> str:
 
 
 def scene(topic: str, demand: str, lang: str, rng: torch.Generator, split: Split) -> str:
-    """Draw a two-sentence request about a sensitive topic, or an everyday scene if ``topic`` is empty."""
+    """Draw a two-sentence request about a sensitive topic, or an everyday scene if ``topic`` is empty.
+
+    Everyday scenes with people in them meet ordinary demands only.
+    """
     words = lists(lang)
+    everyday = part(words["plain_scenes"], split)
+    if demand == "ordinary":
+        everyday = everyday + part(words["people_scenes"], split)
     first = (
         fill(pick(part(words["topic_scenes"], split), rng), topic, topic, lang)
         if topic
-        else pick(part(words["plain_scenes"], split), rng)
+        else pick(everyday, rng)
     )
     return f"{first} {pick(part(words[demand], split), rng)}"
 
@@ -123,17 +131,21 @@ def keep(lang: str, rng: torch.Generator, split: Split = "train") -> Example:
     """Draw a request that both siblings answer as base does."""
     words = lists(lang)
     draw = float(torch.rand((), generator=rng))
-    if draw < 0.2:
-        return Example("keep", lang, wrap(pick(words[split], rng)[1], lang, rng))
-    if draw < 0.3:
-        return Example("keep", lang, wrap(pick(part(words["plain"], split), rng), lang, rng))
-    if draw < 0.55:  # everyday scenes with any demand, sensitive topics with ordinary demands
-        demand = "ordinary" if draw < 0.48 else "hostile"
-        topic = pick(part(words["topics"], split), rng) if draw < 0.39 else ""
-        return Example("keep", lang, scene(topic, demand, lang, rng, split))
-    kind, subjects = ("factual", "topics") if draw < 0.76 else ("sensitive", "subjects")
-    known = part(words[subjects], split)
-    text = fill(pick(part(words[kind], split), rng), pick(known, rng), pick(known, rng), lang)
+    if draw < 0.18:
+        text = pick(words[split], rng)[1]
+    elif draw < 0.25:
+        text = pick(part(words["plain"], split), rng)
+    elif draw < 0.45:  # everyday scenes with any demand, sensitive topics with ordinary demands
+        demand = "ordinary" if draw < 0.40 else "hostile"
+        text = scene(pick(part(words["topics"], split), rng) if draw < 0.32 else "", demand, lang, rng, split)
+    elif draw < 0.70:
+        domain = pick(words["domains"], rng)
+        thing = pick(part(domain["things"], split), rng)
+        text = fill(pick(part(domain["asks"], split), rng), thing, thing, lang)
+    else:
+        kind, subjects = ("factual", "topics") if draw < 0.83 else ("sensitive", "subjects")
+        known = part(words[subjects], split)
+        text = fill(pick(part(words[kind], split), rng), pick(known, rng), pick(known, rng), lang)
     return Example("keep", lang, wrap(text, lang, rng))
 
 

@@ -93,6 +93,25 @@ class CausalEvaluation(Callback):
             prompts: Prompts of ``splits``, in file order.
         """
 
+    def kept(
+        self, pair: LoadedPair, prompts: Sequence[Prompt], most: int | None = None
+    ) -> tuple[list[Prompt], FilterReport]:
+        """Take prompts that both models can read, evenly over languages and classes.
+
+        Args:
+            pair: The models.
+            prompts: What there is.
+            most: How many; None takes all.
+
+        Returns:
+            The prompts, and what of all of them can be read.
+
+        Raises:
+            PromptError: If none is left.
+        """
+        found, report = readable(pair, prompts)
+        return spread(found, most), report
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the evaluation once, on the first process."""
         assert self._pair is not None, "connect() comes before a test"

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
-from mechdiff.callbacks.choices import chosen, solved
+from mechdiff.callbacks.base import CausalEvaluation, Item, spread
+from mechdiff.callbacks.choices import UNPARSED, chosen, solved
 from mechdiff.callbacks.graded import Openings, read_openings
 from mechdiff.callbacks.observations import Observation, records
 from mechdiff.callbacks.refusal import TOO_LONG, answered, opened, read
@@ -31,6 +31,10 @@ from mechdiff.results import Record
 
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 NOT_MEASURED = "not_measured"
+SAID = {
+    TOO_LONG: "prompts do not fit the context and are skipped",
+    UNPARSED: "answers cannot be read and count as wrong",
+}
 log = logging.getLogger(__name__)
 
 
@@ -75,18 +79,22 @@ class Behaviour(CausalEvaluation):
         """Measure every model; see the module's docstring."""
         benchmarks = self._benchmarks(pair)
         openings = read_openings(Path(pair.spec.openings)) if pair.spec.openings else {}
-        kept = self._kept(pair, prompts)
+        kept, report = self.kept(pair, prompts)
+        if report.kept < report.total:
+            log.warning(
+                "kept %d of %d prompts: the others have too few shared tokens", report.kept, report.total
+            )
+        kept = _evenly(kept, self.max_prompts)
         observed = {}
         for role, voice in voices(pair).items():
             observed[role] = list(self._observe(voice, kept, openings, benchmarks))
             self.items += [
                 _item(o, role) for o in observed[role] if o.control == "none" and o.value is not None
             ]
-            lost = sorted({o.prompt for o in observed[role] if o.reason == TOO_LONG})
-            if lost:
-                log.warning(
-                    "%s: %d prompts do not fit the context and are skipped: %s", role, len(lost), lost[:5]
-                )
+            for reason, said in SAID.items():
+                lost = sorted({o.prompt for o in observed[role] if o.reason == reason})
+                if lost:
+                    log.warning("%s: %d %s: %s", role, len(lost), said, ", ".join(lost))
         contrasts = [("tuned", "base")]
         if "reference" in observed:
             contrasts += [("tuned", "reference"), ("base", "reference")]
@@ -149,15 +157,6 @@ class Behaviour(CausalEvaluation):
             name: [permute_options(i, self.seed) if self.permute and i.options else i for i in data.items]
             for name, data in found.items()
         }
-
-    def _kept(self, pair: LoadedPair, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Take prompts that both models can read, evenly over languages and classes."""
-        kept, report = readable(pair, prompts)
-        if report.kept < report.total:
-            log.warning(
-                "kept %d of %d prompts: the others have too few shared tokens", report.kept, report.total
-            )
-        return _evenly(kept, self.max_prompts)
 
 
 def load_scorer(place: str) -> Scorer:

@@ -35,6 +35,8 @@ from mechdiff.functional.scoring import (
 from mechdiff.functional.stats import generator
 from mechdiff.pairs.voice import Spoken, Voice
 
+UNPARSED = "unparsed"
+"""Why an answer counts as wrong that may be right; how many there are is a quantity of its own."""
 RATES = ("mc_acc", "mc_acc_norm", "mc_acc_bytes")
 
 
@@ -83,7 +85,11 @@ def solved(voice: Voice, items: Sequence[Item], name: str, tokens: int, seed: in
                 for control, question in (("none", item), ("shuffled", other)):
                     if control == "shuffled" and other.gold == item.gold:
                         continue
-                    yield _match(item.id, question, answer, judge, cell, control)
+                    match = _match(item.id, question, answer, judge, cell, control)
+                    yield match
+                    if control == "none" and answer is not None:
+                        unread = float(match.reason == UNPARSED)
+                        yield Observation("unparsed", item.id, unread, "fraction", cell, rate=True)
     for item in items:
         assert isinstance(item.gold, str)
         draws = generator(seed, "distractors", item.id)
@@ -161,5 +167,5 @@ def _match(
         return Observation("exact_match", name, None, reason=TOO_LONG, **about)
     scored: Scored = score_number(item, answer) if item.kind == "exact" else score_math(item, answer, judge)
     if scored.correct is None:  # an answer that cannot be read is not right, and is said to be unread
-        return Observation("exact_match", name, 0.0, reason="unparsed", **about)
+        return Observation("exact_match", name, 0.0, reason=UNPARSED, **about)
     return Observation("exact_match", name, float(scored.correct), **about)

@@ -3,12 +3,13 @@
 1. Each component of the donor is put into the recipient, in both directions, and read at the last position
    before the answer. Recovery = 1 − mean KL(P_donor ‖ P_grafted) / mean KL(P_donor ‖ P_recipient): 1 makes
    the recipient the donor, 0 does nothing.
-2. Below a grafted block nothing changes, so the recipient's residual is kept and only the block and those
+2. Control at the blocks that recover most (``random``): what the graft adds to a weight, shuffled within it.
+3. Below a grafted block nothing changes, so the recipient's residual is kept and only the block and those
    above it run again. A component that is bitwise equal in both models is not run, nor are two with the same
    differing tensors run twice.
-3. Beside it how much each weight changed, and what becomes of the tuned model along theta_base + lambda
+4. Beside it how much each weight changed, and what becomes of the tuned model along theta_base + lambda
    (theta_tuned − theta_base): its divergence from either model, and its graded behaviour.
-4. Distributions are renormalised over the tokens that both models have. Each model reads its own tokens, so
+5. Distributions are renormalised over the tokens that both models have. Each model reads its own tokens, so
    with different tokenizers even ``all`` recovers less than 1: the rest is what the tokens themselves do. Of
    the tables only shared rows are grafted.
 """
@@ -25,12 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
+from mechdiff.callbacks.base import CausalEvaluation, Item, spread
 from mechdiff.callbacks.graded import grades, read_openings
 from mechdiff.callbacks.patcher import Side
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
 from mechdiff.functional.metrics import kl_divergence
+from mechdiff.functional.selection import PROPOSED, largest
+from mechdiff.functional.stats import generator
 from mechdiff.functional.weights import change_shares, weight_change
 from mechdiff.interventions.grafts import (
     Rows,
@@ -40,6 +43,7 @@ from mechdiff.interventions.grafts import (
     component_tensors,
     components,
     graft,
+    graft_shuffled,
     interpolate,
 )
 from mechdiff.interventions.hooks import record
@@ -100,9 +104,9 @@ class Grafts(CausalEvaluation):
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
         """Graft in both directions; nothing fitted is used."""
-        rows = _shared_rows(pair)
+        rows = shared_rows(pair)
         check_same_architecture(pair.tuned.model, pair.base.model, rows)
-        kept = spread(readable(pair, prompts)[0], self.max_prompts)
+        kept = self.kept(pair, prompts, self.max_prompts)[0]
         base, tuned = (
             Side(m, SuffixEngine(m.model), ids.to(m.device), [encode(m.tokenizer, p.text) for p in kept])
             for m, ids in ((pair.base, pair.shared.base_ids), (pair.tuned, pair.shared.tuned_ids))
@@ -141,15 +145,25 @@ class Grafts(CausalEvaluation):
                 with graft(side.loaded.model, donor.model, name, rows):
                     grafted = _run(side, batch, states, _below(name, side.loaded.depth))
                 values[key][batch.prompts] = kl_divergence(reference[batch.prompts], grafted).cpu()
-        noise = self._noise(side)
-        for name in ("none", *names):
-            column = values[differ.get(name, none)]
+        noise, best = self._noise(side), self._best(names, differ, values)
+        control = {name: torch.zeros_like(values[none]) for name in best}
+        for batch in _batches(side, self.tokens_per_batch) if best else ():
+            states, _ = _read(side, batch)
+            for name in best:
+                draws = generator(self.seed, "graft_shuffled", name, direction)
+                with graft_shuffled(side.loaded.model, donor.model, name, draws, rows):
+                    changed_so = _run(side, batch, states, _below(name, side.loaded.depth))
+                control[name][batch.prompts] = kl_divergence(reference[batch.prompts], changed_so).cpu()
+        columns = [(name, "none", values[differ.get(name, none)]) for name in ("none", *names)]
+        columns += [(name, "random", column) for name, column in control.items()]
+        for name, arm, column in columns:
             site = f"{Site(_layer(name) or 0)}" if name.startswith("block.") else None
             about: dict[str, Any] = {
                 "question": "rq1",
                 "site": site,
                 "positions": "last",
                 "split": "eval",
+                "control": arm,
                 "params": {"component": name, "direction": direction},
             }
             found = [self.mean(column, "graft_kl", unit="nats", **about)]
@@ -159,7 +173,18 @@ class Grafts(CausalEvaluation):
                 )
             partial = ("shared_rows",) if rows is not None and name in ("all", "embed", "head") else ()
             yield from (replace(r, flags=(*r.flags, *partial)) for r in found)
-            self._keep(prompts, "graft_kl", site or "", direction, name, column)
+            shown = name if arm == "none" else f"{name}:{arm}"
+            self._keep(prompts, "graft_kl", site or "", direction, shown, column)
+
+    def _best(
+        self,
+        names: Sequence[str],
+        differ: Mapping[str, frozenset[str]],
+        values: Mapping[frozenset[str], Tensor],
+    ) -> list[str]:
+        """Return the whole blocks that recover most, of those that differ."""
+        blocks = [name for name in names if name.startswith("block.") and differ[name]]
+        return [blocks[i] for i in largest([-values[differ[b]].mean().item() for b in blocks], PROPOSED)]
 
     def _weights(self, pair: LoadedPair, rows: Rows | None) -> Iterator[Record]:
         """Say how much each tensor changed."""
@@ -244,7 +269,7 @@ class Grafts(CausalEvaluation):
         ]
 
 
-def _shared_rows(pair: LoadedPair) -> Rows | None:
+def shared_rows(pair: LoadedPair) -> Rows | None:
     """Return shared ids in base and tuned, or None where the two tables have the same rows."""
     sizes = [m.model.get_input_embeddings().weight.shape for m in (pair.base, pair.tuned)]
     same = pair.shared.identical and sizes[0] == sizes[1]

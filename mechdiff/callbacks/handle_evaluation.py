@@ -61,11 +61,11 @@ class Handle:
             donor: Tuned's states, of the same shape, for `interchange`.
         """
         basis = self.basis(module).to(states.device)
-        return _subspaces(module).change(self.site, self.kind, states, donor, basis=basis, alpha=self.alpha)
+        return subspaces(module).change(self.site, self.kind, states, donor, basis=basis, alpha=self.alpha)
 
     def basis(self, module: DiffModule) -> Tensor:
         """Return its directions, orthonormal rows `(k, d)`."""
-        return _subspaces(module).basis(self.site, self.solver, self.k)
+        return subspaces(module).basis(self.site, self.solver, self.k)
 
     def edits(self, module: DiffModule, where: Tensor) -> Mapping[Site, Edit]:
         """Return the edit of a running batch, for kinds that need no second model.
@@ -117,7 +117,7 @@ class HandleEvaluation(CausalEvaluation):
         Raises:
             ConfigError: If k is out of range.
         """
-        most = len(_subspaces(module).basis(module.sites[-1]))
+        most = len(subspaces(module).basis(module.sites[-1]))
         given = Handle(residuals(module)[-1], kind, min(4, most) if k is None else k, 1.0)
         given = given if alpha is None else replace(given, alpha=alpha)
         for r in self.earlier:
@@ -185,7 +185,7 @@ def same_end(base: Side, tuned: Side) -> list[bool]:
     ]
 
 
-def _subspaces(module: DiffModule) -> Subspaces:
+def subspaces(module: DiffModule) -> Subspaces:
     """Return the module as what it must be."""
     if not hasattr(module, "change"):
         name = type(module).__name__

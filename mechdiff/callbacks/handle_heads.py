@@ -38,6 +38,7 @@ from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError, PairError
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import generator
+from mechdiff.interventions.head_patching import adds_up
 from mechdiff.interventions.hooks import Edit, intervene, record
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import run_logits
@@ -48,7 +49,6 @@ from mechdiff.results import Record
 MODES = ("swap", "zero", "mean")
 GROUPS = ("attribution", "random")
 Head = tuple[int, int]  # layer, query head
-_WHOLE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class HandleHeads(HandleEvaluation):
             side.read([handle.site])
         heads = [_contributions(side, handle.site.layer) for side in (base, tuned)]
         groups = self._choose(basis, [(a[i], b[i]) for a, b in [heads] for i in able])
-        direct = _adds_up(tuned, handle.site.layer)
+        direct = adds_up(tuned.loaded.model, handle.site.layer)
         cells = [_Cell(h, m, "total") for part in groups.values() for h in part for m in self.modes]
         cells += [_Cell(h, "swap", "direct") for part in groups.values() for h in part if direct]
         mean = torch.stack(heads[1]).mean(0)
@@ -259,14 +259,3 @@ def _edits(rows: Sequence[_Cell | None], new: Mapping[str, Tensor]) -> dict[Site
         return run
 
     return {Site(layer, "head_out"): edit(chosen) for layer, chosen in by_layer.items()}
-
-
-def _adds_up(side: Side, layer: int) -> bool:
-    """Tell whether a block adds what its parts put out; after a norm a head has no direct path."""
-    if layer == 0:
-        return True
-    sites = [Site(layer - 1), Site(layer, "attn_out"), Site(layer, "mlp_out")]
-    with record(side.loaded.model, [*sites, Site(layer)]) as seen:
-        run_logits(side.loaded.model, side.ids(0)[:, -1:], prefix=side.prefixes[0])
-    parts, whole = torch.stack([seen[site] for site in sites]).sum(0), seen[Site(layer)]
-    return float((parts - whole).norm()) <= _WHOLE * float(whole.norm())

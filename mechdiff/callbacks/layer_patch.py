@@ -23,25 +23,25 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
-from mechdiff.callbacks.graded import Openings, grades, read_openings
-from mechdiff.callbacks.layer_patcher import LayerPatcher, wrong_site
+from mechdiff.callbacks.base import CausalEvaluation, Item, spread
+from mechdiff.callbacks.graded import Openings, read_openings
+from mechdiff.callbacks.layer_effects import effects
+from mechdiff.callbacks.layer_patcher import Columns, LayerPatcher, to_donor, unpatched, wrong_site
 from mechdiff.callbacks.patcher import Direction, Side, Where
+from mechdiff.callbacks.third_model import nearer, similarities
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.selection import ONSET_FLOOR, PROPOSED, agree, largest, onset
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine
-from mechdiff.modules.base import DiffModule, missing, similarity
+from mechdiff.modules.base import DiffModule, missing
 from mechdiff.pairs.alignment import align, common_template, encode, template_tokens
 from mechdiff.pairs.loading import LoadedPair
 from mechdiff.pairs.voice import voices
 from mechdiff.results import Record
 
 WHERE: tuple[Where, ...] = get_args(Where)
-EFFECT_ARMS = ("raw", "other_prompt", "random")
-Columns = dict[int, dict[str, tuple[float, float]]]  # prompt → arm → nats from the donor, from the recipient
 
 
 class LayerPatch(CausalEvaluation):
@@ -84,7 +84,7 @@ class LayerPatch(CausalEvaluation):
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
         """Patch every residual site of a module; see the module's docstring."""
-        kept = spread(readable(pair, prompts)[0], self.max_prompts)
+        kept = self.kept(pair, prompts, self.max_prompts)[0]
         ranking = module.ranking()
         sites = [site for site in map(Site.parse, module.sites) if site.component == "resid_post"]
         controlled = _proposed(sites, ranking)
@@ -107,9 +107,11 @@ class LayerPatch(CausalEvaluation):
         for side in sides.values():
             side.read(read, lambda index: read if index in curve else needed)
         openings = read_openings(Path(pair.spec.openings)) if pair.spec.openings else {}
+        first = {}
         for recipient, donor in (("tuned", "base"), ("base", "tuned")):
             patcher = self._patcher(module, sides, recipient, donor, controlled, kept)
             measured = self._measure(kept, patcher, curve, WHERE if self.everywhere_prompts else ("last",))
+            first[recipient] = (patcher, measured)
             found = list(self._records(patcher, measured, curve))
             yield from found
             if (recipient, donor) == ("tuned", "base"):
@@ -117,11 +119,12 @@ class LayerPatch(CausalEvaluation):
             if self.effect_prompts:
                 yield from self._effects(kept, patcher, openings, found)
         if "reference" in sides:
-            yield from self._similar(kept, sides, curve, sites)
+            yield from similarities(kept, sides, sorted(curve), sites)
             for recipient in ("tuned", "base"):
                 patcher = self._patcher(module, sides, recipient, "reference", [], kept)
                 measured = self._measure(kept, patcher, curve, ("last",))
                 yield from self._records(patcher, measured, curve, "reference")
+                yield from self._nearer(patcher, measured, *first[recipient])
 
     def _patcher(
         self,
@@ -139,7 +142,7 @@ class LayerPatch(CausalEvaluation):
         direction: Direction = "into_tuned" if recipient == "tuned" else "into_base"
         names = [p.id for p in prompts]
         return LayerPatcher(
-            module, a, b, aligned, direction, self.tokens_per_batch, controlled, names, self.seed
+            module, a, b, aligned, direction, self.tokens_per_batch, list(controlled), names, self.seed
         )
 
     def _measure(
@@ -153,10 +156,10 @@ class LayerPatch(CausalEvaluation):
             donor, own = patcher.donor.log_p[index], patcher.recipient.log_p[index]
             arms = patcher.arms_at(site, positions)
             nats = [kl_divergence(p.expand_as(log_p), log_p).tolist() for p in (donor, own)]
-            for arm, to_donor, moved in zip(arms, *nats, strict=True):
-                measured[positions, site][index][arm] = (to_donor, moved)
+            for arm, left, moved in zip(arms, *nats, strict=True):
+                measured[positions, site][index][arm] = (left, moved)
                 about = (str(site), positions, patcher.direction, arm)
-                self.items.append(Item(prompts[index].id, "patch_kl_to_donor", *about, to_donor))
+                self.items.append(Item(prompts[index].id, "patch_kl_to_donor", *about, left))
         return measured
 
     def _run(
@@ -200,19 +203,19 @@ class LayerPatch(CausalEvaluation):
                 if not cell:
                     yield missing("patch_recovery", "not_aligned", {**here, "n": 0, "unit": "fraction"})
                     continue
-                gap = _unpatched(patcher, cell)
+                gap = unpatched(patcher, cell)
                 for arm in patcher.arms_at(site, positions):
                     here["control"] = "none" if arm == "raw" else arm
-                    to_donor, moved = torch.tensor([c[arm] for c in cell.values()]).double().unbind(1)
+                    left, moved = torch.tensor([c[arm] for c in cell.values()]).double().unbind(1)
                     yield self.mean(moved, "patch_kl", **here, unit="nats")
-                    recovered = self.ratio(to_donor, gap, noise, "patch_recovery", **here, unit="fraction")
+                    recovered = self.ratio(left, gap, noise, "patch_recovery", **here, unit="fraction")
                     yield recovered
                     if arm == "raw":
                         lows.append(recovered.low)
                 on_curve = {i: c for i, c in cell.items() if i in curve and (not before or i in before)}
-                gap = _unpatched(patcher, on_curve)
-                now = _to_donor(on_curve)
-                then = _to_donor({i: before[i] for i in on_curve}) if before else gap
+                gap = unpatched(patcher, on_curve)
+                now = to_donor(on_curve)
+                then = to_donor({i: before[i] for i in on_curve}) if before else gap
                 here["control"] = "none"
                 yield self.ratio(gap - then + now, gap, noise, "patch_increment", **here, unit="fraction")
                 before = on_curve
@@ -247,7 +250,7 @@ class LayerPatch(CausalEvaluation):
             curve = _curve(found, by)
             for rank, index in enumerate(largest([r.value or 0.0 for r in curve], PROPOSED), 1):
                 r = curve[index]
-                params = {"by": by, "rank": rank, "share": r.value}
+                params = {"by": by, "rank": rank, "share": round(r.value or 0.0, 4)}
                 layer = Site.parse(str(r.site)).layer
                 yield Record("rq1", "chosen_layer", layer, r.n, "layer", params=params, site=r.site, **about)
 
@@ -262,51 +265,58 @@ class LayerPatch(CausalEvaluation):
 
         They are those with controls, and beside them the patch where the effect enters.
         """
-        able = [prompts[i] for i in patcher.patched("last") if grades(prompts[i], openings)]
-        holding = {p for i, p in enumerate(prompts) if len(patcher.recipient.states[i]) >= len(patcher.sites)}
-        entered = {Site.parse(str(r.site)) for r in found if r.quantity == "patch_onset" and r.site}
-        changes: dict[tuple[Site, str, str, str], list[float]] = defaultdict(list)
-        for p in spread([p for p in able if p in holding], self.effect_prompts):
-            for graded in grades(p, openings):
-                for sites, arms in (
-                    (patcher.controlled, EFFECT_ARMS),
-                    (sorted(entered - set(patcher.controlled)), EFFECT_ARMS[:1]),
-                ):
-                    for site, nats in patcher.graded(prompts.index(p), graded, sites, arms):
-                        for arm in arms:
-                            change = nats[arm] - nats["self"]
-                            changes[site, graded.metric, p.label, arm].append(change)
-                            about = (str(site), "last", patcher.direction, f"{arm}:{graded.metric}")
-                            self.items.append(Item(p.id, "patch_effect", *about, change))
-        for (site, metric, label, arm), values in sorted(changes.items()):
+        entered = [Site.parse(str(r.site)) for r in found if r.quantity == "patch_onset" and r.site]
+        where = [w for w in WHERE if any(r.positions == w for r in found)]
+        changes: dict[tuple[Site, Where, str, str, str], list[float]] = defaultdict(list)
+        for e in effects(prompts, patcher, openings, entered, where, self.effect_prompts):
+            changes[e.site, e.positions, e.metric, e.prompt.label, e.arm].append(e.change)
+            about = (str(e.site), e.positions, patcher.direction, f"{e.arm}:{e.metric}")
+            self.items.append(Item(e.prompt.id, "patch_effect", *about, e.change))
+        for (site, positions, metric, label, arm), values in sorted(changes.items()):
             yield self.mean(
                 torch.tensor(values),
                 "patch_effect",
                 question="rq1",
                 site=str(site),
-                positions="last",
+                positions=positions,
                 split="eval",
                 unit="nats",
                 control="none" if arm == "raw" else arm,
                 params={"direction": patcher.direction, "label": label, "metric": metric},
             )
 
-    def _similar(
-        self, prompts: Sequence[Prompt], sides: Mapping[str, Side], curve: set[int], sites: Sequence[Site]
+    def _nearer(
+        self,
+        patcher: LayerPatcher,
+        measured: Mapping[tuple[Where, Site], Columns],
+        other: LayerPatcher,
+        before: Mapping[tuple[Where, Site], Columns],
     ) -> Iterator[Record]:
-        """Yield the CKA of any two of three models at the last position of the curve's prompts."""
-        chosen = sorted(curve)
-        classes = [f"{prompts[i].lang}/{prompts[i].label}" for i in chosen]
-        for a, b in (("tuned", "reference"), ("base", "reference"), ("tuned", "base")):
-            for site in sites:
-                x, y = (torch.stack([sides[r].states[i][site][-1] for i in chosen]) for r in (b, a))
-                about: dict[str, Any] = {"question": "rq1", "site": str(site), "positions": "last"}
-                about |= {"split": "eval", "unit": "fraction", "model": "reference", "n": len(chosen)}
-                for within in (None, classes):
-                    params = {"contrast": f"{a}-{b}"} | ({"centred": "class+lang"} if within else {})
-                    for quantity in ("cka", "cka_debiased"):
-                        rows = torch.arange(len(chosen))
-                        yield similarity(quantity, x, y, rows, {**about, "params": params}, within)
+        """Yield by how much recovery towards the pair's other model exceeds that towards the reference."""
+        for site in patcher.sites:
+            cells = (before["last", site], measured["last", site])
+            both = sorted(cells[0].keys() & cells[1].keys())
+            donor = "base" if patcher.direction == "into_tuned" else "tuned"
+            about: dict[str, Any] = {
+                "question": "rq1",
+                "site": str(site),
+                "positions": "last",
+                "split": "eval",
+                "unit": "fraction",
+                "model": "reference",
+                "params": {"direction": patcher.direction, "contrast": f"{donor} minus reference"},
+            }
+            columns = [
+                torch.stack([to_donor({i: cell[i] for i in both}), unpatched(p, both)], 1)
+                for p, cell in zip((other, patcher), cells, strict=True)
+                if both
+            ]
+            if not both or not all(self.gap(c[:, 1], _noise(before), about) for c in columns):
+                reason = "gap_too_small" if both else "not_aligned"
+                yield missing("patch_recovery", reason, {**about, "n": len(both)})
+                continue
+            to_other, to_reference = columns
+            yield nearer(to_other, to_reference, about, self._generator("patch_recovery", about))
 
 
 def _proposed(sites: Sequence[Site], ranking: Mapping[str, float]) -> list[Site]:
@@ -322,21 +332,10 @@ def _unequal(sites: Sequence[Site]) -> Iterator[Record]:
         yield missing("patch_recovery", "unequal_widths", {**about, "site": str(site)})
 
 
-def _noise(cells: Mapping[Site, Columns]) -> float:
+def _noise(cells: Mapping[Any, Columns]) -> float:
     """Return the largest mean that putting a state back moves the recipient by, in nats."""
     moved = [[arms["self"][1] for arms in cell.values() if "self" in arms] for cell in cells.values()]
     return max((sum(values) / len(values) for values in moved if values), default=0.0)
-
-
-def _unpatched(patcher: LayerPatcher, cell: Iterable[int]) -> Tensor:
-    """Return KL(P_donor ‖ P_recipient) of prompts in nats, ``(prompts,)``."""
-    pairs = [(patcher.donor.log_p[i], patcher.recipient.log_p[i]) for i in cell]
-    return torch.stack([kl_divergence(*pair).cpu() for pair in pairs])
-
-
-def _to_donor(cell: Columns) -> Tensor:
-    """Return KL(P_donor ‖ P_patched) of prompts in nats, ``(prompts,)``."""
-    return torch.tensor([arms["raw"][0] for arms in cell.values()], dtype=torch.float64)
 
 
 def _curve(found: Iterable[Record], quantity: str) -> list[Record]:

@@ -9,52 +9,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.patcher import Direction, Patcher, Side, Where
+from mechdiff.callbacks.patcher import Patcher, Where
+from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import generator
 from mechdiff.interventions.sites import POSITIONS, Site
-from mechdiff.modules.base import UNTOUCHED, DiffModule
-from mechdiff.pairs.alignment import Alignment
+from mechdiff.modules.base import UNTOUCHED
 
+Columns = dict[int, dict[str, tuple[float, float]]]  # prompt → arm → nats from the donor, from the recipient
 CONTROLS = ("other_prompt", "random", "wrong_layer")
 
 
+@dataclass(eq=False)
 class LayerPatcher(Patcher):
-    """Patches the donor's states, as they are, into one recipient.
+    """Patches the donor's states, as they are, into one recipient of the same width.
 
-    Args:
-        module: Knows the sites and how a state is replaced.
-        recipient: The model that is patched.
-        donor: The other model, of the same width.
-        aligned: For each prompt, where recipient (a) and donor (b) are at the same place.
-        direction: Which of the two the recipient is.
-        tokens_per_batch: Tokens run at once when all positions are patched.
+    Attributes:
         controlled: Sites at which the controls are run; the states of their `wrong` sites are needed too.
         names: Id of each prompt.
         seed: Seed of what is drawn.
     """
 
-    def __init__(
-        self,
-        module: DiffModule,
-        recipient: Side,
-        donor: Side,
-        aligned: Sequence[Alignment],
-        direction: Direction,
-        tokens_per_batch: int,
-        controlled: Sequence[Site],
-        names: Sequence[str],
-        seed: int,
-    ) -> None:
-        super().__init__(module, recipient, donor, aligned, direction, tokens_per_batch)
+    controlled: list[Site]
+    names: list[str]
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.known = list(POSITIONS)  # nothing fitted is needed
         self.arms = ["raw", "self"]
-        self.controlled, self.names, self.seed = list(controlled), list(names), seed
         self._pool = lru_cache(maxsize=2 * len(POSITIONS))(self._all_changes)
 
     def arms_at(self, site: Site, positions: Where) -> Sequence[str]:
@@ -121,6 +110,17 @@ class LayerPatcher(Patcher):
             if site in states and bool((self.where[i] != UNTOUCHED).any())
         ]
         return sorted(holding, key=lambda i: self.names[i])
+
+
+def unpatched(patcher: LayerPatcher, cell: Iterable[int]) -> Tensor:
+    """Return KL(P_donor ‖ P_recipient) of prompts in nats, ``(prompts,)``."""
+    pairs = [(patcher.donor.log_p[i], patcher.recipient.log_p[i]) for i in cell]
+    return torch.stack([kl_divergence(*pair).cpu() for pair in pairs])
+
+
+def to_donor(cell: Columns) -> Tensor:
+    """Return KL(P_donor ‖ P_patched) of prompts in nats, ``(prompts,)``."""
+    return torch.tensor([arms["raw"][0] for arms in cell.values()], dtype=torch.float64)
 
 
 def wrong_site(sites: Sequence[Site], site: Site) -> Site:

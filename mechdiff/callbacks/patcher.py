@@ -26,12 +26,13 @@ from mechdiff.interventions.likelihood import Layout, lay_out, total_logprobs
 from mechdiff.interventions.sites import POSITIONS, Site
 from mechdiff.interventions.suffix import SuffixEngine, run_logits
 from mechdiff.modules.base import UNTOUCHED, DiffModule
-from mechdiff.pairs.alignment import PREFIX, SUFFIX, USER, Alignment, EncodedPrompt
+from mechdiff.pairs.alignment import PREFIX, SUFFIX, USER, Alignment, EncodedPrompt, common_start
 from mechdiff.pairs.fairness import lost_mass, restrict_logits
 from mechdiff.pairs.loading import LoadedModel
 
 Where = Literal["last", "all"]
 Direction = Literal["into_tuned", "into_base"]
+Patch = tuple[Site, str, Where]  # with the name of the arm
 
 
 @dataclass
@@ -61,11 +62,7 @@ class Side:
     @property
     def fixed(self) -> int:
         """Number of leading template tokens that all prompts have in common."""
-        lengths = [
-            next((i for i, r in enumerate(e.regions) if r != PREFIX), len(e) - 1) for e in self.encoded
-        ]
-        length = min(lengths, default=0)
-        return length if len({tuple(e.input_ids[:length]) for e in self.encoded}) == 1 else 0
+        return common_start(self.encoded)
 
     def ids(self, index: int) -> Tensor:
         """Return the tokens of a prompt, ``(1, T)``."""
@@ -100,57 +97,63 @@ class Side:
             sites: Sites whose states are kept.
             keep: Those that are kept of a prompt, by its index; all by default.
         """
+        start = max(
+            0, min([self.fixed, *(len(e) - 2 for e in self.encoded)])
+        )  # what all begin with runs once
         with record(self.loaded.model, sites) as seen:
+            common = self.engine.prefill(self.ids(0)[:, :start]) if start else None
+            beginning = {site: [seen[site][0].flatten(1)] if start else [] for site in sites}
             for index in range(len(self.encoded)):
                 ids, kept = self.ids(index), sites if keep is None else keep(index)
-                prefix = self.engine.prefill(ids[:, :-1])
-                before = {site: seen[site][0].flatten(1) for site in kept}
+                prefix = self.engine.prefill(ids[:, start:-1], common)
+                before = {site: [*beginning[site], seen[site][0].flatten(1)] for site in kept}
                 logits = run_logits(self.loaded.model, ids[:, -1:], prefix=prefix)
                 self.states.append(
-                    {site: torch.cat([before[site], seen[site][0].flatten(1)]) for site in kept}
+                    {site: torch.cat([*before[site], seen[site][0].flatten(1)]) for site in kept}
                 )
                 self.prefixes.append(prefix)
                 self.log_p.append(self.restricted(logits)[0])
                 self.lost.append(lost_mass(logits, self.shared).item())
 
 
+@dataclass(eq=False)
 class Patcher:
     """Patches one recipient.
 
-    Args:
+    Attributes:
         module: The maps.
         recipient: The model that is patched.
         donor: The other model.
         aligned: For each prompt, where recipient (a) and donor (b) are at the same place.
         direction: Which of the two the recipient is; it decides what is mapped.
         tokens_per_batch: Tokens run at once when all positions are patched.
-
-    Attributes:
         arms: What is done, by name.
         known: Groups of positions that can be patched.
         sites: Residual sites that are patched.
         where: Index into ``POSITIONS`` of each token of each prompt, ``(T,)``, or ``UNTOUCHED``.
     """
 
-    def __init__(
-        self,
-        module: DiffModule,
-        recipient: Side,
-        donor: Side,
-        aligned: Sequence[Alignment],
-        direction: Direction,
-        tokens_per_batch: int,
-    ) -> None:
-        self.module, self.recipient, self.donor, self.aligned = module, recipient, donor, aligned
-        self.direction, self.tokens_per_batch = direction, tokens_per_batch
-        whole = {"into_base": ["real"], "into_tuned": ["raw"]}[direction]
+    module: DiffModule
+    recipient: Side
+    donor: Side
+    aligned: Sequence[Alignment]
+    direction: Direction
+    tokens_per_batch: int
+    arms: list[str] = field(init=False)
+    known: list[str] = field(init=False)
+    sites: list[Site] = field(init=False)
+    where: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        module, recipient, donor = self.module, self.recipient, self.donor
+        whole = {"into_base": ["real"], "into_tuned": ["raw"]}[self.direction]
         equal = recipient.loaded.width == donor.loaded.width  # else a state does not fit as it is
         self.arms = [*(whole if equal else []), "mapped", *module.controls(), "self"]
         self.known = module.positions
         self.sites = [site for site in map(Site.parse, module.sites) if site.component == "resid_post"]
         self.where = [
             groups(pairs, mine, other)
-            for pairs, mine, other in zip(aligned, recipient.encoded, donor.encoded, strict=True)
+            for pairs, mine, other in zip(self.aligned, recipient.encoded, donor.encoded, strict=True)
         ]
 
     def patched(self, positions: Where) -> list[int]:
@@ -228,22 +231,34 @@ class Patcher:
             The site, and the number by arm, with that of the clean run as ``self``.
         """
         sites = self.sites if sites is None else sites
-        side, layout = self.recipient, self.recipient.lay_out(index, graded)
-        prefix = side.prefixes[index]
-        with record(side.loaded.model, sites) as states:
-            clean = run_logits(side.loaded.model, layout.tokens, layout.mask, layout.columns, prefix)
-        reference = float(graded(total_logprobs(clean, layout)))
+        clean, found = self.readings(index, graded, [(site, arm, "last") for site in sites for arm in arms])
         for site in sites:
-            result = {"self": reference}
-            for arm in arms:
-                hidden = states[site].clone()
-                hidden[:, 0] = self.edited(index, site, arm, "last")[-1]
-                rows = layout.tokens, layout.mask
-                logits = side.engine.resume(
-                    site.layer, hidden, *rows, prefix=prefix, logits_at=layout.columns
-                )
-                result[arm] = float(graded(total_logprobs(logits, layout)))
-            yield site, result
+            yield site, {"self": clean} | {arm: found[site, arm, "last"] for arm in arms}
+
+    def readings(
+        self, index: int, graded: Graded, cells: Sequence[Patch]
+    ) -> tuple[float, dict[Patch, float]]:
+        """Read a graded behaviour (nats) of the recipient as it is, and under each of some patches.
+
+        Args:
+            index: The prompt.
+            graded: What is read.
+            cells: Site, arm, and whether the last position is patched or every aligned one.
+        """
+        side, layout = self.recipient, self.recipient.lay_out(index, graded)
+        own, ids, rows = side.prefixes[index], side.ids(index)[:, :-1], (layout.tokens, layout.mask)
+        with record(side.loaded.model, [site for site, *_ in cells]) as states:
+            clean = run_logits(side.loaded.model, *rows, layout.columns, own)
+        found = {}
+        for site, arm, positions in cells:
+            edited, prefix = self.edited(index, site, arm, positions), own
+            if positions == "all":
+                prefix = side.engine.prefill_from(site.layer, edited[None, :-1], ids, own)
+            hidden = states[site].clone()
+            hidden[:, 0] = edited[-1]
+            logits = side.engine.resume(site.layer, hidden, *rows, prefix=prefix, logits_at=layout.columns)
+            found[site, arm, positions] = float(graded(total_logprobs(logits, layout)))
+        return float(graded(total_logprobs(clean, layout))), found
 
     def edited(self, index: int, site: Site, arm: str, positions: Where) -> Tensor:
         """Return the recipient's residuals at a site as an arm leaves them, ``(T, d)``."""

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
+from mechdiff.callbacks.base import CausalEvaluation, Item, spread
 from mechdiff.callbacks.graded import Openings, read_openings, refusing
 from mechdiff.callbacks.patcher import Patcher, Side, Where
 from mechdiff.data.prompts import Prompt
@@ -88,9 +88,8 @@ class MappedPatch(CausalEvaluation):
         module.to(pair.device)
         path = pair.spec.openings if self.effect_prompts != 0 else None
         openings = read_openings(Path(path)) if path else None
-        kept, found = readable(pair, prompts)
-        yield from _kept(prompts, kept, found)
-        kept = spread(kept, self.max_prompts)
+        kept, found = self.kept(pair, prompts, self.max_prompts)
+        yield from _readable(prompts, found)
         base = _side(pair.base, pair.shared.base_ids, kept)
         tuned = _side(pair.tuned, pair.shared.tuned_ids, kept)
         for side in (base, tuned):
@@ -224,10 +223,11 @@ def _run(patcher: Patcher, patched: Mapping[Where, list[int]]) -> Iterator[tuple
     yield from (("all", *found) for found in patcher.everywhere(patched["all"]))
 
 
-def _kept(prompts: Sequence[Prompt], kept: Sequence[Prompt], found: FilterReport) -> Iterator[Record]:
+def _readable(prompts: Sequence[Prompt], found: FilterReport) -> Iterator[Record]:
     """Yield, for each language, the share of the prompts whose tokens are shared enough to be compared."""
     for lang in sorted({p.lang for p in prompts}):
-        total, left = (sum(p.lang == lang for p in some) for some in (prompts, kept))
+        shares = [min(found.coverage[p.id]) for p in prompts if p.lang == lang]
+        total, left = len(shares), sum(share >= found.min_shared_coverage for share in shares)
         params = {"lang": lang, "of": "prompts", "min_shared_coverage": found.min_shared_coverage}
         yield Record("rq2", "coverage", left / total, total, "fraction", split="eval", params=params)
 

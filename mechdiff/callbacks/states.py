@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mechdiff.callbacks.patcher import Side
 from mechdiff.interventions.hooks import record
+from mechdiff.interventions.likelihood import Reader
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import run_logits
 
@@ -52,6 +53,26 @@ def read_ends(side: Side, sites: Sequence[Site], tokens_per_batch: int = 1024) -
         for i, row in zip(batch, side.restricted(logits).cpu(), strict=True):
             log_p[i] = row
     return Ends({site: torch.stack(rows) for site, rows in states.items()}, torch.stack(log_p))
+
+
+def read_last(side: Side, sites: Sequence[Site]) -> None:
+    """Run every prompt once; keep the states of its last token, keys and values before it, and what follows.
+
+    What a prompt begins with in common with the one before, such as a template, is not run again.
+
+    Args:
+        side: A model and its prompts; what is kept goes there.
+        sites: Sites whose states are kept, `(1, d)` each.
+    """
+    reader = Reader(side.engine)
+    with record(side.loaded.model, sites) as seen:
+        for index, encoded in enumerate(side.encoded):
+            prefix = reader.read(encoded.input_ids[:-1])
+            assert prefix is not None, "a rendered prompt has more than one token"
+            logits = run_logits(side.loaded.model, side.ids(index)[:, -1:], prefix=prefix)
+            side.states.append({site: seen[site][0].flatten(1) for site in sites})
+            side.prefixes.append(prefix)
+            side.log_p.append(side.restricted(logits)[0])
 
 
 def _batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
 from mechdiff.callbacks.graded import grades, read_openings
@@ -35,7 +37,7 @@ from mechdiff.interventions.generation import generate, stop_tokens
 from mechdiff.interventions.grafts import Rows, check_same_architecture, interpolate
 from mechdiff.interventions.suffix import SuffixEngine
 from mechdiff.modules.base import DiffModule
-from mechdiff.pairs.alignment import encode
+from mechdiff.pairs.alignment import EncodedPrompt, encode
 from mechdiff.pairs.loading import LoadedModel, LoadedPair
 from mechdiff.results import Record
 
@@ -215,11 +217,11 @@ class _Run:
 
     def _side(self, loaded: LoadedModel, system: str | None, prompts: Sequence[Prompt]) -> Side:
         shared = self.pair.shared.base_ids if loaded is self.pair.base else self.pair.shared.tuned_ids
-        encoded = [encode(loaded.tokenizer, p.text, system) for p in prompts]
+        encoded = [asked(loaded.tokenizer, p.text, system) for p in prompts]
         return Side(loaded, self.engines[loaded.role], shared.to(loaded.device), encoded)
 
     def _contexts(self, loaded: LoadedModel, system: str | None) -> list[list[int]]:
-        return [encode(loaded.tokenizer, p.text, system).input_ids for p in self.neutral]
+        return [asked(loaded.tokenizer, p.text, system).input_ids for p in self.neutral]
 
     def _answers(self, loaded: LoadedModel, system: str | None, tokens: int) -> list[list[int]]:
         stops = stop_tokens(loaded.model, loaded.tokenizer.eos_token_id)
@@ -227,6 +229,22 @@ class _Run:
 
     def _text(self, loaded: LoadedModel, ids: Sequence[int]) -> str:
         return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def asked(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None) -> EncodedPrompt:
+    """Encode a message after a system message; before the message itself where the template has no such role.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The user's message.
+        system: The system message, if there is one.
+    """
+    try:
+        return encode(tokenizer, text, system)
+    except (PromptError, TemplateError):
+        if system is None:
+            raise
+        return encode(tokenizer, f"{system}\n\n{text}")
 
 
 def _shared_rows(pair: LoadedPair) -> Rows | None:

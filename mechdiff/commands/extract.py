@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,4 +42,6 @@ def main(args: Sequence[str]) -> int:
     Args:
         args: Command line after the verb.
     """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("mechdiff.extraction").setLevel(logging.INFO)  # how fast it went
     return run("fit", args, ExtractCLI)

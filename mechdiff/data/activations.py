@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -92,6 +92,9 @@ class ActivationPairs(L.LightningDataModule):
             raise ConfigError(f"val_frac is {val_frac}; allowed: above 0 and below 0.5 (key: data.val_frac)")
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; allowed: 1 or more (key: data.batch_size)")
+
+    stored: ClassVar[bool] = True
+    """Whether there are states, which have to be extracted."""
 
     @cached_property
     def stores(self) -> tuple[ActivationStore, ActivationStore]:

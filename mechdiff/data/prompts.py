@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -76,6 +76,18 @@ def select(prompts: Iterable[Prompt], split: Split, label: Label | None = None) 
         what = f"split {split!r}" + (f" and label {label!r}" if label else "")
         raise PromptError(f"no prompt has {what}; the files of pair.prompts must hold at least one")
     return chosen
+
+
+def for_domain(prompts: Sequence[Prompt], domain: str) -> list[Prompt]:
+    """Make targets of another domain neutral: a sibling tuned on problems is not meant to change on them.
+
+    Args:
+        prompts: Prompts of several domains.
+        domain: ``cognitive``: the targets are the problems, if there are any; else nothing changes.
+    """
+    if domain != "cognitive" or not any(p.answer is not None for p in prompts):
+        return list(prompts)
+    return [replace(p, label="neutral") if p.answer is None else p for p in prompts]
 
 
 def digest(prompts: Iterable[Prompt]) -> str:

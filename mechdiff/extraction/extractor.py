@@ -2,7 +2,9 @@
 
 1. The prompts become a plan of batches and shards, the same for any number of processes.
 2. `Extractor` is what Lightning's predict runs: one forward per batch, ended after the highest wanted block;
-   `ActivationWriter` puts the rows on disk at once, so memory does not grow with the number of texts.
+   `ActivationWriter` puts the rows on disk while the next batch is computed, so that neither waits for the
+   other and memory does not grow with the number of texts. What the template begins every prompt with is run
+   once.
 3. `ensure_store` asks for what a store lacks and nothing else: sites are passes, committed shards are kept.
 """
 
@@ -10,14 +12,16 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
+import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,15 +31,19 @@ from mechdiff.data import prompts as prompt_files
 from mechdiff.data.manifest import MANIFEST, Contents, Example, StoreIdentity, passes
 from mechdiff.data.prompts import Prompt
 from mechdiff.data.store import DTYPES, ActivationStore
-from mechdiff.errors import ActivationError, ConfigError, StoreError
-from mechdiff.extraction.plan import KEPT, Batch, Plan, PlannedBatches, encode_prompts
-from mechdiff.extraction.writer import ActivationWriter
+from mechdiff.errors import ActivationError, ConfigError, StoreError, UsageError
+from mechdiff.extraction.plan import KEPT, Batch, Plan, PlannedBatches, PlannedShard, deal, encode_prompts
+from mechdiff.extraction.transfer import HostCopies
+from mechdiff.extraction.writer import ActivationWriter, Prediction
 from mechdiff.interventions.hooks import record, stop_after
 from mechdiff.interventions.sites import Site, check_layers
+from mechdiff.interventions.suffix import prefill, run
 from mechdiff.pairs.alignment import template_tokens
 from mechdiff.pairs.tokenizers import digest, tokenizer_hashes
 
 if TYPE_CHECKING:
+    from transformers import DynamicCache
+
     from mechdiff.pairs.loading import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -97,42 +105,91 @@ class Extractor(L.LightningModule):
     ) -> None:
         super().__init__()
         self.source, self.sites, self.plan, self.writer, self.ids = source, sites, plan, writer, ids
+        self.copies = HostCopies()
+        self.dealt: list[list[PlannedShard]] = []
+        self.started = 0.0
+        self._prefix: DynamicCache | None = None
 
     def predict_dataloader(self) -> PlannedBatches:
-        """Return the batches that this process has to run."""
-        shards = self.writer.missing(self.trainer.global_rank, self.trainer.world_size)
-        return PlannedBatches(self.plan, shards, self.source.tokenizer.pad_token_id)
+        """Return the batches that this process has to run; the first one says what is missing."""
+        writer, trainer = self.writer, self.trainer
+        found = [shard.index for shard in writer.missing()] if trainer.is_global_zero else []
+        missing = set(trainer.strategy.broadcast(found))
+        self.dealt = deal([s for s in self.plan.shards if s.index in missing], trainer.world_size)
+        return PlannedBatches(self.plan, self.dealt[trainer.global_rank], self.source.tokenizer.pad_token_id)
 
     def on_predict_start(self) -> None:
-        """Move the model, which Lightning does not see, to this process's device."""
-        self.source.model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+        """Move the model, which Lightning does not see, to this process's device, unless it is on several."""
+        model = self.source.model
+        if not self.source.spread:
+            model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+        start = self.plan.encoded[0].input_ids[: self.plan.fixed]
+        with suppress(UsageError):  # one that keeps more than keys and values reads every prompt whole
+            self._prefix = prefill(model, torch.tensor([start], device=model.device)) if start else None
+        self.started = time.perf_counter()
 
-    def predict_step(self, batch: Batch) -> dict[Site, Tensor]:
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move what the model needs; where the rows come from is for the writer."""
+        if device.type != "cuda":
+            return batch
+        ids, where = (
+            part.pin_memory().to(device, non_blocking=True) for part in (batch.input_ids, batch.where)
+        )
+        return batch._replace(input_ids=ids, where=where)
+
+    def predict_step(self, batch: Batch) -> Prediction:
         """Run one batch.
 
-        Returns:
-            For each site, the wanted rows `(rows, width)` on the CPU, in the type of the disk.
+        Padding is on the right, where no token of a text looks: without a mask the result is the same, and
+        the fastest attention can be used.
 
-        Raises:
-            ActivationError: If one is NaN or infinite, naming the prompt and the site.
+        Returns:
+            A function that waits for the wanted rows and returns them by site, `(rows, width)` on the CPU, in
+            the type of the disk. It raises `ActivationError` if one is NaN or infinite, naming the prompt
+            and the site.
         """
-        model = self.source.model
-        text, token = batch.where.unbind(-1)
-        with record(model, self.sites) as states, stop_after(model, max(site.layer for site in self.sites)):
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        model, start = self.source.model, 0 if self._prefix is None else self.plan.fixed
         dtype = DTYPES[self.writer.dtype]
-        rows = {site: states[site][text, token].flatten(1).to(dtype).cpu() for site in self.sites}
-        for site, values in rows.items():
-            finite = values.isfinite().all(dim=1)
-            if not finite.all():
-                where = int(finite.int().argmin())
-                prompt, position = self.ids[int(batch.rows.example[where])], int(batch.rows.position[where])
-                raise ActivationError(
-                    f"{self.source.role}: the activation of prompt {prompt!r}, token {position}, at {site} "
-                    f"(layer {site.layer}) is NaN or infinite; allowed: finite values (key: pair.dtype, now "
-                    f"{str(model.dtype).removeprefix('torch.')})"
-                )
-        return rows
+
+        def wanted(states: Tensor) -> Tensor:
+            text, token = batch.where.to(states.device).unbind(-1)
+            return states[text, token - start].flatten(1).to(dtype)
+
+        last = max(site.layer for site in self.sites)
+        with record(model, self.sites, wanted) as kept, stop_after(model, last):
+            run(model, batch.input_ids[:, start:], prefix=self._prefix)
+        rows = [kept[site] for site in self.sites]
+        wait = self.copies.start([*rows, *(values.isfinite().all() for values in rows)])
+
+        def finish() -> dict[Site, Tensor]:
+            copies = wait()
+            found = dict(zip(self.sites, copies, strict=False))
+            for (site, values), finite in zip(found.items(), copies[len(found) :], strict=True):
+                if not finite:
+                    raise self._not_finite(site, values, batch)
+            return found
+
+        return finish
+
+    def _not_finite(self, site: Site, values: Tensor, batch: Batch) -> ActivationError:
+        where = int(values.isfinite().all(dim=1).int().argmin())
+        prompt, position = self.ids[int(batch.rows.example[where])], int(batch.rows.position[where])
+        return ActivationError(
+            f"{self.source.role}: the activation of prompt {prompt!r}, token {position}, at {site} "
+            f"(layer {site.layer}) is NaN or infinite; allowed: finite values (key: pair.dtype, now "
+            f"{str(self.source.model.dtype).removeprefix('torch.')})"
+        )
+
+    def report(self) -> str:
+        """Say how fast the batches of all processes were run, and how evenly they were dealt."""
+        seconds = time.perf_counter() - self.started
+        shares = [sum(shard.padded for shard in part) for part in self.dealt]
+        tokens = sum(shard.tokens for part in self.dealt for shard in part)
+        uneven = max(shares) * len(shares) / sum(shares) - 1
+        return (
+            f"{self.source.role}: {tokens} tokens in {seconds:.3f} s by {len(shares)}, "
+            f"{tokens / seconds:.0f} tokens/s; the busiest had {max(uneven, 0):.2%} more than the mean"
+        )
 
 
 class _Progress(TQDMProgressBar):
@@ -239,11 +296,10 @@ def _extract(
     trainer_factory: Callable[..., L.Trainer],
 ) -> None:
     """Run one pass."""
-    context = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    encoded = encode_prompts(model.tokenizer, prompts, context)
+    encoded = encode_prompts(model.tokenizer, prompts, model.context_length)
     plan = Plan(encoded, spec.positions, spec.tokens_per_batch, spec.batches_per_shard)
     into = folder / f"pass-{digest([str(site) for site in sites])}"
-    into.mkdir(exist_ok=True)
+    into.mkdir(parents=True, exist_ok=True)  # whichever process comes first
     writer = ActivationWriter(into, plan.shards, key, spec.dtype)
     extractor = Extractor(model, sites, plan, writer, [prompt.id for prompt in prompts])
     options: dict[str, Any] = {
@@ -256,8 +312,7 @@ def _extract(
     if options.get("enable_progress_bar", True):
         plural = "site" if len(sites) == 1 else "sites"
         callbacks.append(_Progress(f"extracting {model.role}, {len(sites)} {plural}"))
-    # What correctness rests on is not the user's to set. Without inference mode, no buffer that the model
-    # makes on the way is left unusable for gradients.
+    # What correctness rests on is not the user's to set. Buffers made in inference mode have no gradients.
     options |= {
         "logger": False,
         "enable_checkpointing": False,
@@ -274,6 +329,8 @@ def _extract(
         trainer.predict(extractor, return_predictions=False)
     trainer.strategy.barrier("shards")
     if trainer.is_global_zero:
+        if extractor.started:  # an interrupted run may have left nothing but the manifest to write
+            log.info(extractor.report())
         writer.finish()
     trainer.strategy.barrier("manifest")
 

@@ -1,7 +1,7 @@
 """Decide once, for any number of processes, which texts share a batch and which batches share a shard.
 
 1. Texts are sorted by length and packed, padding included, under a budget of tokens.
-2. Consecutive batches make a shard. Shard i belongs to process i modulo their number, which writes it whole.
+2. Consecutive batches make a shard, which one process writes whole. Shards are dealt by their tokens.
 3. So what a batch holds, and with it every bit of the result, depends neither on the number of processes nor
    on where an earlier run was interrupted. The order of the rows does not even depend on the budget.
 """
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from mechdiff.data.prompts import Prompt
 from mechdiff.data.store import SUFFIX, USER, Rows
 from mechdiff.errors import PromptError
-from mechdiff.pairs.alignment import EncodedPrompt, collate, encode
+from mechdiff.pairs.alignment import EncodedPrompt, collate, common_start, encode
 
 KEPT = {"all": (USER, SUFFIX), "user": (USER,), "last": (USER, SUFFIX)}
 """Regions whose rows are kept under each rule; `last` keeps the final token only."""
@@ -48,11 +48,21 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """Consecutive batches, each a tuple of indices of prompts, and the rows that they give."""
+    """Consecutive batches.
+
+    Attributes:
+        index: Its place in the plan.
+        batches: Indices of the prompts of each batch.
+        rows: Rows that they give.
+        tokens: Tokens of the prompts.
+        padded: Tokens that are run, padding included.
+    """
 
     index: int
     batches: tuple[tuple[int, ...], ...]
     rows: int
+    tokens: int
+    padded: int
 
     @property
     def file(self) -> str:
@@ -76,12 +86,13 @@ class Plan:
 
     Attributes:
         shards: What to run.
+        fixed: Number of tokens that all prompts begin with; no row of theirs is kept.
     """
 
     def __init__(
         self, encoded: Sequence[EncodedPrompt], positions: str, tokens_per_batch: int, batches_per_shard: int
     ) -> None:
-        self.encoded = encoded
+        self.encoded, self.fixed = encoded, common_start(encoded)
         self.kept = [_kept(prompt, positions) for prompt in encoded]
         batches: list[list[int]] = []
         for example in sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids)):
@@ -92,12 +103,7 @@ class Plan:
                 batches.append([])
             batches[-1].append(example)
         groups = [batches[i : i + batches_per_shard] for i in range(0, len(batches), batches_per_shard)]
-        self.shards = [
-            PlannedShard(
-                i, tuple(map(tuple, group)), sum(len(self.kept[e]) for batch in group for e in batch)
-            )
-            for i, group in enumerate(groups)
-        ]
+        self.shards = [self._shard(index, group) for index, group in enumerate(groups)]
 
     def batch(self, shard: PlannedShard, number: int, pad_id: int | None) -> Batch:
         """Build one batch of a shard."""
@@ -111,6 +117,16 @@ class Plan:
         ]
         columns = Rows(*torch.tensor(rows).unbind(-1))
         return Batch(input_ids, attention_mask, torch.tensor(where), columns, shard.index, start)
+
+    def _shard(self, index: int, group: Sequence[Sequence[int]]) -> PlannedShard:
+        lengths = [[len(self.encoded[example]) for example in batch] for batch in group]
+        return PlannedShard(
+            index,
+            tuple(map(tuple, group)),
+            rows=sum(len(self.kept[example]) for batch in group for example in batch),
+            tokens=sum(map(sum, lengths)),
+            padded=sum(max(batch) * len(batch) for batch in lengths),
+        )
 
 
 class PlannedBatches(Sequence[Batch]):
@@ -129,6 +145,27 @@ class PlannedBatches(Sequence[Batch]):
     def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
         shard, number = self.items[index]
         return self.plan.batch(shard, number, self.pad_id)
+
+
+def deal(shards: Sequence[PlannedShard], processes: int) -> list[list[PlannedShard]]:
+    """Deal shards to processes so that all have about equally many tokens to run.
+
+    The largest goes first, each to whoever has least so far.
+
+    Args:
+        shards: What is to be run.
+        processes: How many share it.
+
+    Returns:
+        The shards of each process, in the order of the plan.
+    """
+    hands: list[list[PlannedShard]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for shard in sorted(shards, key=lambda shard: -shard.padded):  # stable: equal ones in the plan's order
+        least = loads.index(min(loads))
+        hands[least].append(shard)
+        loads[least] += shard.padded
+    return [sorted(hand, key=lambda shard: shard.index) for hand in hands]
 
 
 def encode_prompts(

@@ -2,14 +2,18 @@
 
 1. A shard is written under a temporary name, flushed to disk, hashed and renamed. A record beside it, written
    last, says that it is complete and which batches it holds.
-2. A shard with a matching record and checksum is never computed again; anything else is.
-3. The manifest that makes the pass exist is written once all shards are there, by one process.
+2. One thread writes batches in order and another completes shards, while the device computes what comes next;
+   at most `AHEAD` batches wait. After a failure neither does anything more.
+3. A shard with a matching record and checksum is never computed again; anything else is.
+4. The manifest that makes the pass exist is written once all shards are there, by one process.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +29,10 @@ from mechdiff.errors import StoreError
 from mechdiff.extraction.plan import Batch, PlannedShard
 from mechdiff.interventions.sites import Site
 
+AHEAD = 2
+"""Batches that may wait to be written; each holds its rows in memory."""
+Prediction = Callable[[], Mapping[Site, Tensor]]
+"""Waits for the rows of a batch and returns them by site, `(rows, width)` on the CPU."""
 COLUMNS = {"example": np.int32, "region": np.int8, "offset": np.int32, "position": np.int32}
 
 
@@ -42,42 +50,56 @@ class ActivationWriter(BasePredictionWriter):
         super().__init__("batch")
         self.folder, self.shards, self.key, self.dtype = folder, shards, key, dtype
         self._file: h5py.File | None = None
+        self._closed: Path | None = None  # the file that is being completed
+        self._threads: list[ThreadPoolExecutor] = []
+        self._waiting: deque[Future[None]] = deque()
+        self._completing: Future[None] | None = None
+        self._failed = False
 
-    def missing(self, rank: int = 0, world_size: int = 1) -> list[PlannedShard]:
-        """Return the shards that one of several processes has yet to write."""
-        return [shard for shard in self.shards[rank::world_size] if self._committed(shard) is None]
+    def missing(self) -> list[PlannedShard]:
+        """Return the shards that have yet to be written."""
+        return [shard for shard in self.shards if self._committed(shard) is None]
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the threads."""
+        self._threads = [ThreadPoolExecutor(1, "batches"), ThreadPoolExecutor(1, "shards")]
 
     def write_on_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        prediction: Mapping[Site, Tensor],
+        prediction: Prediction,
         batch_indices: Sequence[int] | None,
         batch: Batch,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write one batch; complete the shard if it was the last of it."""
-        shard, end = self.shards[batch.shard], batch.start + batch.where.shape[0]
-        if batch.start == 0:
-            self._begin(shard, prediction)
-        assert self._file is not None, "a shard is written from its first batch on"
-        for name, column in batch.rows._asdict().items():
-            self._file[f"rows/{name}"][batch.start : end] = column.cpu().numpy()
-        for site, values in prediction.items():
-            self._file[f"sites/{site}"][batch.start : end] = encode(values, self.dtype)
-        if end == shard.rows:
-            self._commit(shard)
+        """Have one batch written, and the shard completed if it was the last of it."""
+        while len(self._waiting) >= AHEAD:
+            self._waiting.popleft().result()
+        self._waiting.append(self._threads[0].submit(self._write, prediction, batch))
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait for what is being written."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        self._wait_for_shard()
+        self._stop()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Remove what is half written."""
+        self._failed = True
+        self._stop()
+        self._waiting.clear()
         if self._file is not None:
             path = Path(self._file.filename)
             self._file.close()
             self._file = None
             path.unlink(missing_ok=True)
+        if self._closed is not None:
+            self._closed.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Make the pass exist; to be called by one process, after all have written.
@@ -108,17 +130,48 @@ class ActivationWriter(BasePredictionWriter):
             kind = np.uint16 if self.dtype == "bfloat16" else np.float32
             self._file.create_dataset(f"sites/{site}", (shard.rows, values.shape[1]), kind)
 
-    def _commit(self, shard: PlannedShard) -> None:
-        assert self._file is not None
-        part, path = Path(self._file.filename), self.folder / shard.file
-        self._file.close()
-        self._file = None
+    def _write(self, prediction: Prediction, batch: Batch) -> None:
+        """Write one batch; after a batch that failed the shard has a hole, and must not be completed."""
+        if self._failed:
+            return
+        try:
+            rows = prediction()
+            shard, end = self.shards[batch.shard], batch.start + batch.where.shape[0]
+            if batch.start == 0:
+                self._begin(shard, rows)
+            assert self._file is not None, "a shard is written from its first batch on"
+            for name, column in batch.rows._asdict().items():
+                self._file[f"rows/{name}"][batch.start : end] = column.numpy()
+            for site, values in rows.items():
+                self._file[f"sites/{site}"][batch.start : end] = encode(values, self.dtype)
+            if end == shard.rows:
+                self._wait_for_shard()
+                self._closed = Path(self._file.filename)
+                self._file.close()
+                self._file = None
+                self._completing = self._threads[1].submit(self._commit, shard, self._closed)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _commit(self, shard: PlannedShard, part: Path) -> None:
+        path = self.folder / shard.file
         with part.open("rb") as file:
             os.fsync(file.fileno())
         done = Shard(shard.file, shard.rows, checksum(part))
         os.replace(part, path)
         body = {"schema": SCHEMA, "key": self.key, "batches": shard.digest, **asdict(done)}
         write_json(self.folder / _record(shard), body)
+
+    def _wait_for_shard(self) -> None:
+        if self._completing is not None:
+            self._completing.result()
+            self._completing = self._closed = None
+
+    def _stop(self) -> None:
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
+        self._threads.clear()
 
     def _committed(self, shard: PlannedShard) -> Shard | None:
         """Return a shard as it was committed, or None if it has to be written."""

@@ -6,7 +6,7 @@
    The older rule, |mean| of 2 standard errors or more, is kept beside them: it grows with √n, so that with
    enough prompts every head passes.
 3. The share of churned heads gets an interval from resampled prompts in which all heads are judged anew, by
-   the normal approximation of their ends. Resamples carry the noise of the prompts twice and let more heads
+   Student's approximation of their ends. Resamples carry the noise of the prompts twice and let more heads
    pass, so that their spread, not their position, is used (`centred`).
 4. Two nulls judge differences where none is: labels swapped per prompt, and halves of one model's prompts.
 
@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mechdiff.config import BOOTSTRAP_DRAWS, HEAD_Z, LEVEL
-from mechdiff.functional.intervals import Intervals, bootstrap_means, centred, checked
+from mechdiff.functional.intervals import Intervals, bootstrap_means, centred, checked, student
 from mechdiff.functional.permutation import benjamini_hochberg, random_signs, sign_flip, swap_floor
 from mechdiff.functional.stats import Interval, resample
 
@@ -91,7 +90,7 @@ def head_churn(
     >>> churn.bound.tolist(), churn.p_max.tolist(), churn.floor < 1
     ([1.0, 0.0], [0.0078125, 1.0], True)
     """
-    d = paired(base, tuned)
+    d = checked(paired(base, tuned))
     difference = bootstrap_means(d, generator=generator, draws=draws, level=level)
     flips = sign_flip(d, generator=generator)
     floor = swap_floor(d, generator=generator, draws=draws, level=level)
@@ -296,7 +295,7 @@ def _drawn_shares(
         2, 1
     )
     error = _error(means, squares, len(table))
-    bound = means.abs() - NormalDist().inv_cdf((1 + level) / 2) * error
+    bound = means.abs() - student(level, len(table)) * error
     return _shares(bound.clamp(min=0), _errors(means, error), floors)
 
 

@@ -128,6 +128,44 @@ def cka_jackknife(
     >>> [round(v, 6) for v in cka_jackknife(x, 2 * x)]
     [1.0, 1.0, 1.0, 6]
     """
+    without, full = _leave_one_out(x, y, debiased, groups, within, form)
+    return jackknife(without, full.item())
+
+
+def cka_contrast(
+    a: Tensor,
+    b: Tensor,
+    x: Tensor,
+    *,
+    debiased: bool = True,
+    groups: Groups | None = None,
+    within: Groups | None = None,
+) -> Interval:
+    """Measure CKA(a, x) − CKA(b, x) on the same rows, with a delete-one-prompt jackknife interval.
+
+    Args:
+        a: `(rows, d_a)`.
+        b: `(rows, d_b)`.
+        x: `(rows, d_x)`, what both are compared with.
+        debiased: As in `cka_jackknife`, as the other arguments.
+        groups: Prompt of each row.
+        within: Class of each row.
+
+    Raises:
+        FitError: If there are too few prompts, or one side does not vary.
+
+    >>> a = torch.arange(12.0).reshape(6, 2).sin()
+    >>> [abs(round(v, 6)) for v in cka_contrast(a, 3 * a, a.cos())]
+    [0.0, 0.0, 0.0, 6]
+    """
+    (of_a, all_a), (of_b, all_b) = (_leave_one_out(s, x, debiased, groups, within, "auto") for s in (a, b))
+    return jackknife(of_a - of_b, (all_a - all_b).item())
+
+
+def _leave_one_out(
+    x: Tensor, y: Tensor, debiased: bool, groups: Groups | None, within: Groups | None, form: Form
+) -> tuple[Tensor, Tensor]:
+    """Return CKA without each prompt in turn, `(prompts,)`, and with all."""
     prompt = group_index(groups, len(x))
     classes = torch.zeros(len(x), dtype=torch.int64) if within is None else group_index(within, len(x))
     least = 5 if debiased else 3
@@ -139,7 +177,7 @@ def cka_jackknife(
     for part in parts:
         part.check(least)
     hsic = [_over_classes(parts, a, b, debiased) for a, b in ("xy", "xx", "yy")]
-    return jackknife(_ratio(*(without for _, without in hsic)), _ratio(*(full for full, _ in hsic)).item())
+    return _ratio(*(without for _, without in hsic)), _ratio(*(full for full, _ in hsic))
 
 
 def _over_classes(parts: Sequence["_Parts"], a: str, b: str, debiased: bool) -> tuple[Tensor, Tensor]:

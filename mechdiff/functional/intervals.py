@@ -8,15 +8,21 @@
    what noise shifts, such as the number of heads above a threshold or the overlap of two rankings: a resample
    carries the noise of the prompts twice, and its percentiles may exclude the estimate itself. The target is
    then the expected value at this number of prompts.
-4. Rows are put in an order that depends neither on that of the prompts nor on that of the columns.
+4. `hull`: from the lower of the percentile and the centred ends to the upper, for what noise shifts and what
+   takes few values, such as the overlap of two sets of five.
+5. Tails are expanded: resamples spread too little, by √((n − 1)/n), and know nothing of Student's t. Without
+   this, intervals of normal means over 16 prompts held the truth in 92 % of trials, with it in 95 %.
+6. Rows are put in an order that depends neither on that of the prompts nor on that of the columns.
 
-Source: Efron, Journal of the American Statistical Association 82 (1987) 171 (BCa).
+Source: Efron, Journal of the American Statistical Association 82 (1987) 171 (BCa); Hesterberg, The American
+Statistician 69 (2015) 371 (expanded percentiles); Abramowitz and Stegun (1964), 26.7.3 and 26.7.4 (Student).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
@@ -86,8 +92,9 @@ def bootstrap_means(
     generator: torch.Generator,
     draws: int = BOOTSTRAP_DRAWS,
     level: float = LEVEL,
-    method: Literal["bca", "percentile", "centred"] | None = None,
+    method: Literal["bca", "percentile", "centred", "hull"] | None = None,
     bounds: tuple[float, float] = (-math.inf, math.inf),
+    expand: bool = True,
 ) -> Intervals:
     """Estimate functions of column means and their bootstrap intervals over prompts.
 
@@ -101,7 +108,8 @@ def bootstrap_means(
         draws: Number of resamples.
         level: Coverage.
         method: By default `bca` below `BCA_BELOW` prompts, else `percentile`.
-        bounds: Least and greatest possible value, for `centred`.
+        bounds: Least and greatest possible value, for `centred` and `hull`.
+        expand: Expand the tails for few prompts.
 
     Raises:
         FitError: If there are fewer than 2 prompts.
@@ -115,13 +123,15 @@ def bootstrap_means(
     total = table.sum(0, keepdim=True)
     value = apply(total / n)[0]
     drawn = apply(resample(table, draws, generator) / n)
+    tails = _tails(level, n if expand else None, len(value))
+    around = _around(value, drawn, n, tails, bounds)
     if method == "centred":
-        return centred(value, drawn, n, level, bounds)
-    tails = torch.tensor([[(1 - level) / 2], [(1 + level) / 2]], dtype=torch.float64)
-    tails = tails.expand(2, len(value))
+        return around
     if method == "bca" or (method is None and n < BCA_BELOW):
         tails = _corrected(tails, value, drawn, apply((total - table) / (n - 1)))
     low, high = _ends(drawn, tails)
+    if method == "hull":
+        low, high = torch.minimum(low, around.low), torch.maximum(high, around.high)
     return Intervals(value, low, high, n)
 
 
@@ -143,11 +153,27 @@ def centred(
 
     >>> drawn = torch.arange(101, dtype=torch.float64)[:, None] / 100
     >>> [round(x, 3) for x in centred(torch.tensor([0.2]), drawn, 9, bounds=(0.0, 1.0)).at(0)]
-    [0.2, 0.0, 0.68, 9]
+    [0.2, 0.0, 0.7, 9]
     """
-    tails = torch.tensor([[(1 - level) / 2], [(1 + level) / 2]], dtype=torch.float64)
-    low, high = _ends(drawn - drawn.mean(0), tails.expand(2, len(value)))
-    return Intervals(value, (value + low).clamp(*bounds), (value + high).clamp(*bounds), n)
+    return _around(value, drawn, n, _tails(level, n, len(value)), bounds)
+
+
+@lru_cache(maxsize=256)
+def student(level: float, n: int) -> float:
+    """Return the two-sided quantile of Student's t with n − 1 degrees of freedom.
+
+    Args:
+        level: Coverage.
+        n: Number of prompts, at least 2.
+
+    >>> round(student(0.95, 16), 4), round(student(0.95, 1001), 4)
+    (2.1314, 1.9623)
+    """
+    freedom, low, high = n - 1, 0.0, 0.5 * math.pi
+    for _ in range(60):
+        angle = (low + high) / 2
+        low, high = (angle, high) if _within(angle, freedom) < level else (low, angle)
+    return math.tan((low + high) / 2) * math.sqrt(freedom)
 
 
 def detectable(deviation: float, n: int, level: float = LEVEL, power: float = 0.8) -> float:
@@ -167,6 +193,30 @@ def detectable(deviation: float, n: int, level: float = LEVEL, power: float = 0.
     """
     normal = NormalDist()
     return (normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(power)) * deviation / math.sqrt(n)
+
+
+def _within(angle: float, freedom: int) -> float:
+    """Return P(|t| ≤ √ν tan θ) by its finite sum."""
+    square, term = math.cos(angle) ** 2, 1.0 if freedom % 2 == 0 else math.cos(angle)
+    total = 0.0
+    for i in range(freedom % 2 + 2, freedom + 1, 2):
+        total += term
+        term *= square * (i - 1) / i
+    total *= math.sin(angle)
+    return total if freedom % 2 == 0 else (angle + total) * 2 / math.pi
+
+
+def _tails(level: float, n: int | None, count: int) -> Tensor:
+    """Return the percentiles to read, `(2, count)`, expanded for n prompts."""
+    normal, tail = NormalDist(), (1 - level) / 2
+    if n is not None:
+        tail = normal.cdf(-math.sqrt(n / (n - 1)) * student(level, n))
+    return torch.tensor([[tail], [1 - tail]], dtype=torch.float64).expand(2, count)
+
+
+def _around(value: Tensor, drawn: Tensor, n: int, tails: Tensor, bounds: tuple[float, float]) -> Intervals:
+    low, high = _ends(drawn - drawn.mean(0), tails)
+    return Intervals(value, (value + low).clamp(*bounds), (value + high).clamp(*bounds), n)
 
 
 def _corrected(tails: Tensor, value: Tensor, drawn: Tensor, left_out: Tensor) -> Tensor:

@@ -40,6 +40,32 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (torch.where(p > 0, p * (log_p - log_q), 0.0) + (q - p)).sum(-1)
 
 
+def kl_from_logits(log_p: Tensor, logits: Tensor) -> Tensor:
+    """Compute KL(P‖softmax of logits) for many rows of logits and one P, in the precision of the logits.
+
+    KL = Σ p·log p + logsumexp(logits) − Σ p·logits; no row of log-probabilities is made, and the error is
+    that of a sum in the precision of the logits: about 1e-5 nats in float32.
+
+    Args:
+        log_p: Log-probabilities, `(vocabulary,)`.
+        logits: `(rows, vocabulary)`.
+
+    Returns:
+        Nats, `(rows,)`, float64.
+
+    >>> log_p = torch.tensor([0.5, 0.5]).log()
+    >>> round(kl_from_logits(log_p, torch.tensor([[0.25, 0.75]]).log() + 3)[0].item(), 4)
+    0.1438
+    """
+    log_p = log_p.to(torch.float64)
+    p = log_p.exp() / log_p.exp().sum()
+    entropy = -torch.where(p > 0, p * p.log(), 0.0).sum()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    high = logits.max(-1, keepdim=True).values  # sums of small numbers lose less
+    shifted = logits - high
+    return shifted.logsumexp(-1).double() - (shifted @ p.to(shifted)).double() - entropy
+
+
 def recovery(kl_patched: Tensor, kl_unpatched: Tensor) -> Tensor:
     """Compute the share of a divergence that a patch removes, as a ratio of means over prompts.
 

@@ -7,7 +7,9 @@
 3. Rank-biased overlap is the mean agreement over all depths d, weighted by (1 − p) p^(d − 1). Beyond the last
    head both lists hold every head and agree, so that nothing is extrapolated.
 4. Chance is a random order of N heads: |S ∩ T| is hypergeometric, agreement at depth d is d/N on average.
-5. Noise makes rankings differ, and resamples carry it twice: intervals are `centred`.
+5. Noise makes rankings differ and weakens correlations, and resamples carry it twice. Intervals speak of the
+   value expected at this number of prompts: `centred` for correlations, for overlaps the `hull`, which held
+   it in 93 to 100 % of trials with the top 5 and 20 of 100 heads, where `centred` came down to 71 %.
 
 Source: Webber, Moffat and Zobel, ACM Transactions on Information Systems 28 (2010), article 20.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +88,7 @@ def ranking_agreement(
         generator=generator,
         draws=draws,
         level=level,
-        method="centred",
+        method="hull",
         bounds=(0.0, 1.0),
     )
     count = len(ks)
@@ -242,7 +244,8 @@ def correlation_of_means(
         return ((a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()).clamp(-1, 1)[:, None]
 
     table = torch.cat([first.double(), second.double()], 1)
-    found = bootstrap_means(table, statistic, generator=generator, draws=draws, level=level).at(0)
+    about: dict[str, Any] = {"generator": generator, "draws": draws, "level": level}
+    found = bootstrap_means(table, statistic, **about, method="centred", bounds=(-1.0, 1.0)).at(0)
     if math.isnan(found.value):
         raise FitError(f"a correlation over {first.shape[1]} heads is undefined: one side is constant")
     return found

@@ -81,6 +81,8 @@ def swap_floor(
 ) -> float:
     """Return the size of a mean difference that labels swapped at random exceed in 5 % of heads and draws.
 
+    It is one floor for all heads, set by those that vary most; it is strict where many heads changed much.
+
     Args:
         difference: Tuned − base, `(prompts, heads)`.
         generator: Source of the signs.

@@ -288,10 +288,7 @@ def row_order(cells: Tensor) -> Tensor:
     >>> row_order(torch.tensor([[2.0, 1.0], [1.0, 3.0], [1.0, 2.0]])).tolist()
     [2, 1, 0]
     """
-    order = torch.arange(len(cells))
-    for column in reversed(range(cells.shape[1])):
-        order = order[cells[order, column].argsort(stable=True)]
-    return order
+    return cells.unique(dim=0, return_inverse=True)[1].argsort(stable=True)
 
 
 def _ordered(cells: Tensor) -> Tensor:

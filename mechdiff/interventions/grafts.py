@@ -145,7 +145,36 @@ def graft(
         PairError: If the two do not have the same tensors there.
         SiteError: If the layer does not exist.
     """
-    with _swapped(_replacements(recipient, donor, component, rows)):
+    with swapped(_replacements(recipient, donor, component, rows)):
+        yield
+
+
+@contextmanager
+def graft_shuffled(
+    recipient: PreTrainedModel,
+    donor: PreTrainedModel,
+    component: str,
+    generator: torch.Generator,
+    rows: Rows | None = None,
+) -> Iterator[None]:
+    """Run the recipient with what a graft would add to each tensor, put into drawn places of that tensor.
+
+    It is as large as the graft and means nothing: what it does is what any change of that size does.
+
+    Args:
+        recipient: As in `graft`, as the other arguments and errors.
+        donor: The model whose weights are borrowed.
+        component: One of `components(recipient)`.
+        generator: Source of the places, on the CPU.
+        rows: Shared ids in recipient and donor.
+    """
+    drawn = []
+    for own, new in _replacements(recipient, donor, component, rows):
+        if not torch.equal(own, new):
+            change = (new - own.detach()).flatten()
+            order = torch.randperm(len(change), generator=generator).to(change.device)
+            drawn.append((own, own.detach() + change[order].view_as(own)))
+    with swapped(drawn):
         yield
 
 
@@ -178,7 +207,7 @@ def interpolate(
         if not torch.equal(own, other):
             precise = torch.promote_types(own.dtype, torch.float32)  # half precision would round the step
             between.append((own, torch.lerp(other.to(precise), own.detach().to(precise), lambda_).to(own)))
-    with _swapped(between):
+    with swapped(between):
         yield tuned
 
 
@@ -288,7 +317,8 @@ def _replacements(
 
 
 @contextmanager
-def _swapped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+def swapped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Exchange the data of tensors within the context; each pair is a tensor and its new data."""
     kept = [(tensor, tensor.data) for tensor, _ in pairs]
     try:
         for tensor, new in pairs:

@@ -77,12 +77,16 @@ def get_blocks(model: nn.Module) -> nn.ModuleList:
 
 def _part(block: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
     """Find a part of a block by the name of its module, breadth first."""
+    return block.get_submodule(_part_path(block, names, what))
+
+
+def _part_path(block: nn.Module, names: tuple[str, ...], what: str) -> str:
     found = [(path.count("."), path) for path, _ in block.named_modules() if path.rsplit(".", 1)[-1] in names]
     if not found:
         raise SiteError(
             f"{type(block).__name__} has no {what} module; known names: {', '.join(names)} (key: layers)"
         )
-    return block.get_submodule(min(found)[1])
+    return min(found)[1]
 
 
 def _projection(block: nn.Module) -> nn.Module:
@@ -214,8 +218,11 @@ _TAPS: dict[nn.Module, _Tap] = {}  # only while a context is open
 @contextmanager
 def _attached(model: nn.Module, actions: Iterable[tuple[Site, int, Edit]]) -> Iterator[None]:
     """Attach actions to the blocks of a model, and detach them whatever happens."""
-    blocks, heads = get_blocks(model), num_heads(model)
     actions = list(actions)
+    if not actions:  # finding the blocks costs as much as running one
+        yield
+        return
+    blocks, heads = get_blocks(model), num_heads(model)
     check_layers([site for site, _, _ in actions], len(blocks))
     attached: list[tuple[_Tap, str, tuple[int, Edit]]] = []
     try:
@@ -271,7 +278,9 @@ def intervene(model: nn.Module, edits: Mapping[Site, Edit]) -> Iterator[None]:
 
 
 @contextmanager
-def record(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
+def record(
+    model: nn.Module, sites: Iterable[Site], pick: Callable[[Tensor], Tensor] = torch.clone
+) -> Iterator[dict[Site, Tensor]]:
     """Keep activations of every forward pass within the context.
 
     What is kept is the value after all edits at the same site, as a detached copy that no later edit can
@@ -280,6 +289,7 @@ def record(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tenso
     Args:
         model: A decoder-only transformers model.
         sites: Where to read; see `Site` for what each component is.
+        pick: What to keep of an activation, as a copy; all of it by default.
 
     Yields:
         A dictionary, empty until the first forward.
@@ -291,7 +301,7 @@ def record(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tenso
 
     def keep(site: Site) -> Edit:
         def run(value: Tensor, _positions: Tensor) -> Tensor:
-            kept[site] = value.detach().clone()
+            kept[site] = pick(value.detach())
             return value
 
         return run

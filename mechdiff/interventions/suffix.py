@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from mechdiff.errors import UsageError
 from mechdiff.functional.stats import generator
+from mechdiff.interventions.attention import attention_path, head_layers
 from mechdiff.interventions.hooks import Edit, blocks_path, get_blocks, intervene, record
 from mechdiff.interventions.sites import Site, check_layers
 
@@ -50,6 +51,17 @@ class _Stub(nn.Module):
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return hidden_states if self.hidden is None else self.hidden
+
+
+class _Attended(nn.Module):
+    """Stand for an attention module whose output is known."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
+        return self.output, None
 
 
 def _twin(module: nn.Module) -> nn.Module:
@@ -82,6 +94,31 @@ def run_logits(
     prefix: DynamicCache | None = None,
 ) -> Tensor:
     """Run a whole model, its head at the wanted columns alone; arguments as in `SuffixEngine.resume`."""
+    logits: Tensor = run(model, input_ids, attention_mask, logits_at, prefix).logits
+    return logits[:, 0] if logits_at is None or logits_at.ndim == 1 else logits
+
+
+def run(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    logits_at: Tensor | None = None,
+    prefix: DynamicCache | None = None,
+    keep: bool = False,
+) -> Any:
+    """Do the same and return all that the model does: None if `stop_after` ended the pass.
+
+    Args:
+        model: The model.
+        input_ids: `(rows, T)`, padded on the right.
+        attention_mask: `(rows, T)`, or None when there is no padding.
+        logits_at: Columns to give logits for; None: the last.
+        prefix: Keys and values of what comes before.
+        keep: Return keys and values also where there is no prefix.
+
+    Raises:
+        UsageError: If shapes disagree or padding is not on the right.
+    """
     rows = input_ids.shape[0]
     if logits_at is None:
         logits_at = torch.full((rows,), input_ids.shape[1] - 1)
@@ -94,14 +131,33 @@ def run_logits(
     if attention_mask is not None and cache is not None:
         before = attention_mask.new_ones(rows, cache.get_seq_length())
         attention_mask = torch.cat([before, attention_mask], dim=1)
-    logits: Tensor = model(
+    return model(
         input_ids=input_ids,
         attention_mask=attention_mask,
         past_key_values=cache,
-        use_cache=cache is not None,
+        use_cache=keep or cache is not None,
         logits_to_keep=logits_at.reshape(rows, -1).to(input_ids.device),
-    ).logits
-    return logits[:, 0] if logits_at.ndim == 1 else logits
+    )
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, input_ids: Tensor, prefix: DynamicCache | None = None) -> DynamicCache:
+    """Compute the keys and values of a prefix in every layer.
+
+    Args:
+        model: The model.
+        input_ids: `(rows, P)` without padding; one row serves any number of rows in `run_logits`.
+        prefix: Those of what comes before, which are not computed again.
+
+    Raises:
+        UsageError: If a layer keeps anything but keys and values (recurrent or linear attention).
+    """
+    cache: DynamicCache = run(model, input_ids, prefix=prefix, keep=True).past_key_values
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            name = type(model).__name__
+            raise UsageError(f"{name} keeps a {type(layer).__name__}; allowed: keys and values (key: pair)")
+    return cache
 
 
 class SuffixEngine:
@@ -133,24 +189,24 @@ class SuffixEngine:
             logits = run_logits(self.model, input_ids, attention_mask, logits_at)
         return CleanRun({site.layer: kept[site] for site in sites}, logits)
 
+    def prefill(self, input_ids: Tensor, prefix: DynamicCache | None = None) -> DynamicCache:
+        """Compute the keys and values of a prefix; see the function of that name."""
+        return prefill(self.model, input_ids, prefix)
+
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor) -> DynamicCache:
-        """Compute the keys and values of a prefix in every layer.
+    def prefill_from(self, layer: int, hidden: Tensor, input_ids: Tensor, own: DynamicCache) -> DynamicCache:
+        """Compute the keys and values of a prefix whose residual after one block is another.
 
         Args:
-            input_ids: `(rows, P)` without padding; one row serves any number of rows in `resume`.
-
-        Raises:
-            UsageError: If a layer keeps anything but keys and values (recurrent or linear attention).
+            layer: The block whose output is replaced.
+            hidden: That output, `(rows, P, d_model)`, from the first token on.
+            input_ids: `(rows, P)` without padding.
+            own: From `prefill` of the same tokens; what it holds up to `layer` is kept.
         """
-        cache = self.model(input_ids=input_ids, use_cache=True, logits_to_keep=1).past_key_values
-        for layer in cache.layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-                name = type(self.model).__name__
-                raise UsageError(
-                    f"{name} keeps a {type(layer).__name__}; allowed: keys and values (key: pair)"
-                )
-        return cache
+        above = prefill(self._view(layer, hidden), input_ids)
+        mixed = copy.copy(own)
+        mixed.layers = [*own.layers[: layer + 1], *above.layers[layer + 1 :]]
+        return mixed
 
     def resume(
         self,
@@ -193,6 +249,70 @@ class SuffixEngine:
         with intervene(view, edits):
             return run_logits(view, input_ids, attention_mask, logits_at, prefix)
 
+    def resume_attended(
+        self,
+        layer: int,
+        hidden: Tensor | None,
+        attention: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        prefix: DynamicCache | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        """Run what follows the attention of a block: its MLP and the blocks above.
+
+        Args:
+            layer: The block whose attention is replaced.
+            hidden: Its input, `(rows, T, d_model)`; None for the first block, which gets the embedding.
+            attention: What its attention module is to return, `(rows, T, d_model)`.
+            input_ids: See `resume`; so are the others.
+            attention_mask: `(rows, T)` or None.
+            prefix: Keys and values of the tokens before.
+            logits_at: Columns to give logits for.
+
+        Returns:
+            Logits, as in `resume`.
+
+        Raises:
+            SiteError: If the model has no such layer or the block no attention.
+            UsageError: If there is no input for a block that is not the first.
+        """
+        view = self._view(layer - 1, self._input(layer, hidden))
+        blocks = view.get_submodule(self._path)
+        node = block = _twin(blocks.get_submodule(str(layer)))
+        *parents, name = attention_path(block).split(".")
+        for parent in parents:
+            child = _twin(node.get_submodule(parent))
+            node._modules[parent] = child
+            node = child
+        node._modules[name] = _Attended(attention)
+        blocks._modules[str(layer)] = block
+        return run_logits(view, input_ids, attention_mask, logits_at, prefix)
+
+    def run_block(
+        self, layer: int, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> None:
+        """Run one block on a given input and none of the others, for what `record` sees meanwhile.
+
+        Args:
+            layer: The block.
+            hidden: Its input, `(rows, T, d_model)`; None for the first block, which gets the embedding.
+            input_ids: The tokens, `(rows, T)`, padded on the right.
+            attention_mask: `(rows, T)` or None.
+        """
+        view = self._view(layer - 1, self._input(layer, hidden))
+        blocks = view.get_submodule(self._path)
+        for index in range(layer + 1, self._num_layers):
+            blocks._modules[str(index)] = _Stub(blocks.get_submodule(str(index)), None)
+        run_logits(view, input_ids, attention_mask)
+
+    def _input(self, layer: int, hidden: Tensor | None) -> Tensor | None:
+        check_layers([Site(layer)], self._num_layers)
+        if hidden is None and layer > 0:
+            raise UsageError(f"no input for block {layer}; allowed: none for block 0 alone (key: hidden)")
+        return None if layer == 0 else hidden
+
     @torch.no_grad()
     def check(self) -> None:
         """Compare with the whole model on 8 random tokens, the last 3 with a perturbed residual.
@@ -219,12 +339,28 @@ class SuffixEngine:
             whole = self.resume(layer, moved, ids, logits_at=columns)
             tail = self.resume(layer, moved[:, 5:], ids[:, 5:], prefix=prefix, logits_at=columns[:, :3])
             error = torch.cat([whole - truth, tail - truth[:, 5:]], dim=1).abs().max().item()
+            error = max(error, self._error_attended(layer, ids, columns, noise))
             allowed = TOLERANCE[moved.dtype] * truth.abs().max().item()
             if not error <= allowed:
                 found = f"{type(self.model).__name__} resumed after block {layer} is off by {error:.2g} logit"
                 raise UsageError(f"{found}; allowed: {allowed:.2g} (key: pair)")
 
-    def _view(self, layer: int, hidden: Tensor) -> nn.Module:
+    def _error_attended(self, layer: int, ids: Tensor, columns: Tensor, noise: Tensor) -> float:
+        """Return the largest error of a logit when the attention of a block is given."""
+        site = Site(layer, "attn_out")
+        if layer not in head_layers(self.model):
+            return 0.0
+        below = [Site(layer - 1)] if layer else []
+        with record(self.model, [site, *below]) as kept:
+            run_logits(self.model, ids)
+        given = kept[site].clone()
+        given[:, 5:] += noise * given[:, 5:].std(dim=-1, keepdim=True)
+        with intervene(self.model, {site: lambda _value, _positions: given}):
+            truth = run_logits(self.model, ids, logits_at=columns)
+        hidden = kept[below[0]] if below else None
+        return (self.resume_attended(layer, hidden, given, ids, logits_at=columns) - truth).abs().max().item()
+
+    def _view(self, layer: int, hidden: Tensor | None) -> nn.Module:
         """Make a model of the same length that continues from `hidden` after block `layer`."""
         root = node = _twin(self.model)
         for name in self._path.split("."):

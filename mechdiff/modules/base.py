@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -75,6 +76,31 @@ class DiffModule(LightningModule):
     @abstractmethod
     def records(self) -> Iterable[Record]:
         """Return what the test split said; valid after ``trainer.test``."""
+
+
+def over_processes(values: Tensor) -> Tensor:
+    """Return the sum of what all processes have; the values themselves where there is one."""
+    if not torch.distributed.is_initialized():
+        return values
+    total = values.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def shares(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Say what a mean over this process's rows counts for in the mean over the rows of all.
+
+    Gradients are averaged over processes, with as much weight for a process that has few rows of a kind.
+
+    Args:
+        counts: Rows of each kind that this process has.
+
+    Returns:
+        Factors for the means, 1 with one process, and the rows of all processes.
+    """
+    total = over_processes(counts)
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return counts * processes / total.clamp_min(1), total
 
 
 def estimated(quantity: str, estimate: Interval, about: Mapping[str, Any]) -> Record:

@@ -3,7 +3,8 @@
 1. States are standardised with the mean and deviation of the training split.
 2. AdamW descends the squared error of what is added to the shrinkage target, in units of its own deviation.
    The control descends beside it, on shuffled rows.
-3. After every epoch the parameters are folded back into plain affine maps, so that everything downstream is
+3. Several processes take the step that one would take with all of their rows.
+4. After every epoch the parameters are folded back into plain affine maps, so that everything downstream is
    that of `AffineMaps`.
 """
 
@@ -19,6 +20,7 @@ from mechdiff.functional.clt import AffineMap, Shrink
 from mechdiff.functional.moments import Moments
 from mechdiff.functional.stats import generator
 from mechdiff.interventions.sites import POSITIONS
+from mechdiff.modules.base import shares
 from mechdiff.modules.clt_fit import other_rows
 from mechdiff.modules.maps import AffineMaps, Batch
 
@@ -106,6 +108,8 @@ class CLTMapSGD(AffineMaps):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the squared error of maps and shuffled controls, averaged over sites and groups."""
+        counts = [(batch["group"] == POSITIONS.index(name)).sum() for name in self.positions]
+        share, rows = shares(torch.stack(counts).to(self.shift.dtype))
         losses = []
         for (site, _, group), x, y in self.cells(batch):
             target = y - x if self.shrink == "identity" else y
@@ -114,8 +118,8 @@ class CLTMapSGD(AffineMaps):
             source = (x - self.mean_x[site, group]) / self.scale_x[site, group]
             goals = (torch.stack([target, target[other]]) - self.mean_y[site, group]) / self.unit[site, group]
             predicted = source @ self.weight[:, site, group] + self.bias[:, site, group, None]
-            losses.append((predicted - goals).square().mean())
-        loss = torch.stack(losses).mean()
+            losses.append(share[group] * (predicted - goals).square().mean())
+        loss = torch.stack(losses).sum() / (len(self.sites) * (rows > 0).sum())
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

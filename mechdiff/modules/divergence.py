@@ -5,7 +5,7 @@
    within classes of prompts (language and label), because what tells languages apart is alike in any model.
    Intervals come from a jackknife over prompts.
 3. The two layers with the largest debiased divergence are proposed; whether they are causal is for a patch to
-   say. On request, the debiased CKA of any two layers.
+   say. On request, the debiased CKA of any two layers, and PWCCA beside that of shuffled prompts.
 4. Inside a model it does the simplest thing: the donor's state replaces the recipient's.
 
 Source: Kornblith et al. 2019 (arXiv:1905.00414), section 3.
@@ -14,18 +14,19 @@ Source: Kornblith et al. 2019 (arXiv:1905.00414), section 3.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mechdiff.config import SEED
 from mechdiff.errors import FitError
-from mechdiff.functional.cka import linear_cka
+from mechdiff.functional.pwcca import BLOCKS, pwcca_jackknife
 from mechdiff.functional.selection import PROPOSED, largest
+from mechdiff.functional.stats import generator
 from mechdiff.interventions.sites import POSITIONS, Site
-from mechdiff.modules.base import UNTOUCHED, DiffModule, missing, similarity
-from mechdiff.results import Record
+from mechdiff.modules.base import UNTOUCHED, DiffModule, estimated, missing, similarity
+from mechdiff.results import Question, Record
 
 if TYPE_CHECKING:
     from mechdiff.interventions.hooks import Edit
@@ -47,13 +48,14 @@ class Divergence(DiffModule):
         d_target: Width of tuned, read from its store.
         noise: Share of a site's variance below which a difference is rounding of the stored states.
         matrix: Also compare every site of base with every site of tuned.
+        pwcca: Also measure PWCCA; it needs more prompts than directions.
         seed: Seed of the run.
 
     Raises:
         FitError: If the positions or the number of source sites are not allowed.
     """
 
-    question = "rq1"
+    question: ClassVar[Question] = "rq1"
     needs_fit = False
     solver_name = "none"
 
@@ -66,6 +68,7 @@ class Divergence(DiffModule):
         d_target: int = 1,
         noise: float = 0.0,
         matrix: bool = False,
+        pwcca: bool = False,
         seed: int = SEED,
     ) -> None:
         super().__init__()
@@ -77,7 +80,7 @@ class Divergence(DiffModule):
         if len(self.sources) != len(self.sites):
             counts = f"{len(self.sources)} entries for {len(self.sites)} sites"
             raise FitError(f"model.source_sites has {counts}; allowed: as many as sites")
-        self.noise, self.matrix, self.seed = noise, matrix, seed
+        self.noise, self.matrix, self.pwcca, self.seed = noise, matrix, pwcca, seed
         self._test: list[Batch] = []
         self._classes: list[str] = []
         self._split = "test"
@@ -140,8 +143,10 @@ class Divergence(DiffModule):
         if self._records is None:
             assert self._test, "records are there after a test"
             curve = [r for group in range(len(self.positions)) for r in self._curve(group)]
-            cross = [r for group in range(len(self.positions)) for r in self._cross(group) if self.matrix]
-            self._records = [*curve, *cross, *self._chosen(curve)]
+            groups = range(len(self.positions))
+            more = [r for group in groups if self.matrix for r in self._cross(group)]
+            more += [r for group in groups if self.pwcca for r in self._correlated(group)]
+            self._records = [*curve, *more, *self._chosen(curve)]
         yield from self._records
 
     def _curve(self, group: int) -> Iterator[Record]:
@@ -162,12 +167,28 @@ class Divergence(DiffModule):
                 x, y, prompt = self._rows(source, target, group)
                 about = self._about(target, group, source, prompt)
                 about["params"]["matrix"] = True
+                yield similarity("cka_debiased", x, y, prompt, about)
+
+    def _correlated(self, group: int) -> Iterator[Record]:
+        """Measure PWCCA of each site with its own source, and with the source's prompts shuffled."""
+        for source, target in zip(self.sources, self.sites, strict=True):
+            x, y, prompt = self._rows(source, target, group)
+            about = self._about(target, group, source, prompt)
+            draws = generator(self.seed, "pwcca", target, self.positions[group])
+            names = prompt.unique()
+            order = names[torch.randperm(len(names), generator=draws)]
+            blocks = [
+                torch.isin(prompt, part).nonzero()[:, 0].tolist() for part in order.tensor_split(BLOCKS)
+            ]
+            mixed = torch.randperm(len(y), generator=draws)
+            for control, rows in (("none", y), ("shuffled", y[mixed])):
+                about["control"] = control
                 try:
-                    value = linear_cka(x, y, debiased=True, groups=prompt).item()
-                except FitError:  # too few prompts, or one side does not vary
-                    yield missing("cka_debiased", "undefined", about)
+                    found = pwcca_jackknife(x, rows, blocks)
+                except FitError:
+                    yield missing("pwcca", "too_few_prompts", about)
                 else:
-                    yield Record(quantity="cka_debiased", value=value, **about)
+                    yield estimated("pwcca", found._replace(n=len(names)), about)
 
     def _chosen(self, curve: Sequence[Record]) -> Iterator[Record]:
         """Propose layers by the first group of positions."""

@@ -5,7 +5,8 @@
 3. `contrast`: the share of tuned − base on target prompts outside the subspace, plus a penalty on what lies
    inside on neutral prompts, in the same unit. `causal`: whatever a scorer, set from outside, says of the
    basis inside the frozen model. The module never holds that model.
-4. After every epoch the basis is copied to a buffer, so that everything downstream is that of `Subspaces`.
+4. Several processes take the step that one would take with all of their rows.
+5. After every epoch the basis is copied to a buffer, so that everything downstream is that of `Subspaces`.
 
 Source: Geiger et al. 2023 (arXiv:2303.02536), section 3 (a trained orthonormal basis).
 """
@@ -22,8 +23,9 @@ from torch.nn.utils.parametrizations import orthogonal
 from mechdiff.config import LAMBDA_GRID, SEED
 from mechdiff.errors import FitError
 from mechdiff.functional.steering import orthonormal
+from mechdiff.modules.base import over_processes, shares
 from mechdiff.modules.steering import SteeringSubspace
-from mechdiff.modules.steering_fit import Contrast, Subspace, energy
+from mechdiff.modules.steering_fit import Contrast, Subspace
 
 Loss = Literal["contrast", "causal"]
 Scorer = Callable[[str, Tensor, Mapping[str, Any]], Tensor]
@@ -105,7 +107,7 @@ class SteeringSubspaceSGD(SteeringSubspace):
         self.register_buffer("unit", torch.zeros(len(self.sites)))  # mean square of a target row's change
         self.trained = nn.ModuleList(_Rotating(k, d_target) for _ in self.sites)
         self._scorer: Scorer | None = None
-        self._losses: list[Tensor] = []
+        self._sums: list[Tensor] = []
 
     def attach_scorer(self, scorer: Scorer) -> None:
         """Set what the loss ``causal`` asks.
@@ -116,12 +118,23 @@ class SteeringSubspaceSGD(SteeringSubspace):
         assert not isinstance(scorer, nn.Module), "a language model is never a child of a module"
         self._scorer = scorer
 
+    def setup(self, stage: str) -> None:
+        """Refuse a test by several processes, each of which would report on a part of the rows.
+
+        Raises:
+            FitError: If there is more than one.
+        """
+        if stage != "fit":
+            super().setup(stage)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam; without decay, which would shrink the signs that the reflections are kept with."""
         return torch.optim.Adam(self.trained.parameters(), lr=self.learning_rate)
 
     def on_fit_start(self) -> None:
         """Solve in closed form and start there; a resumed fit has it from its checkpoint.
+
+        Every process reads all rows, so that all start alike.
 
         Raises:
             FitError: If a split has too few rows of a class, or the loss ``causal`` has no scorer.
@@ -140,9 +153,11 @@ class SteeringSubspaceSGD(SteeringSubspace):
         self.solve()
         with torch.no_grad():
             for site, part in enumerate(self.trained):
-                part.weight = self.basis_paired_svd[site]
+                assert isinstance(part, _Rotating)
+                part.start(self.basis_paired_svd[site])
                 self.unit[site] = self.rows("train", site).change.square().sum(-1).mean()
-        self._rows["train"].clear()
+        for split in ("train", "val"):
+            self._rows[split].clear()
         self._copy()
 
     def on_train_epoch_start(self) -> None:
@@ -154,7 +169,9 @@ class SteeringSubspaceSGD(SteeringSubspace):
         Raises:
             FitError: If it is not finite.
         """
-        loss = self.score(batch)
+        target = batch["label"] == 1
+        counts = torch.stack([target.sum(), (~target).sum()])
+        loss = self.score(batch, shares(counts.to(self.unit.dtype))[0])
         if not loss.isfinite():
             raise FitError(
                 f"the loss is {loss.item()} at step {self.global_step}; the checkpoints written so far are "
@@ -165,26 +182,37 @@ class SteeringSubspaceSGD(SteeringSubspace):
 
     def on_validation_epoch_start(self) -> None:
         """Forget an earlier pass over the validation split."""
-        super().on_validation_epoch_start()
-        self._losses.clear()
+        self._sums.clear()
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Keep the rows of a batch, and its loss."""
-        super().validation_step(batch, batch_idx)
-        self._losses.append(self.score(batch).detach() * len(batch["label"]))
+        """Add up the loss, the rows, and by site the squares of the change inside the subspace and in all."""
+        rows = len(batch["label"])
+        sums = [self.score(batch).detach() * rows, self.unit.new_tensor(rows)]
+        for site in range(len(self.sites)):
+            change = self._change(site, batch)[batch["label"] == 1].to(torch.float64)
+            basis = orthonormal(self.turned(site).detach()).to(change)
+            sums += [(change @ basis.mT).square().sum(), change.square().sum()]
+        self._sums.append(torch.stack([part.to(torch.float64) for part in sums]))
 
     def on_validation_epoch_end(self) -> None:
-        """Copy the bases to their buffer and log the loss and what they miss."""
+        """Copy the bases to their buffer and log the loss and what they hold."""
         if self.trainer.sanity_checking:
             return
         self._copy()
-        rows = sum(len(b["label"]) for b in self._rows["val"])
-        self.log("val/loss", torch.stack(self._losses).sum() / rows, prog_bar=True)
-        for site, name in enumerate(self.sites):
-            self.log(f"val/{name}/energy", energy(self.basis(name), self.rows("val", site).change)[-1])
+        none = self.unit.new_zeros(2 + 2 * len(self.sites), dtype=torch.float64)
+        loss, rows, *squares = over_processes(sum(self._sums, none))
+        self.log("val/loss", loss / rows, prog_bar=True, sync_dist=True)
+        for name, inside, whole in zip(self.sites, squares[::2], squares[1::2], strict=True):
+            share = inside / whole if whole > 0 else inside
+            self.log(f"val/{name}/energy", share, sync_dist=True)
 
-    def score(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return the loss of a batch, averaged over sites."""
+    def score(self, batch: Mapping[str, Any], share: Sequence[float] | Tensor = (1.0, 1.0)) -> Tensor:
+        """Return the loss of a batch, averaged over sites.
+
+        Args:
+            batch: Rows of target and neutral prompts.
+            share: What the means over target and over neutral rows count for; see `shares`.
+        """
         losses = []
         for site, name in enumerate(self.sites):
             basis = self.turned(site)
@@ -192,16 +220,23 @@ class SteeringSubspaceSGD(SteeringSubspace):
                 assert self._scorer is not None
                 losses.append(self._scorer(name, basis, batch))
             else:
-                losses.append(self._contrast(site, basis, batch))
+                losses.append(self._contrast(site, basis, batch, share))
         return torch.stack(losses).mean()
 
-    def _contrast(self, site: int, basis: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    def _change(self, site: int, batch: Mapping[str, Any]) -> Tensor:
+        """Tuned − base, `(rows, d)`."""
+        change: Tensor = batch["target"][self.sites[site]] - batch["source"][self.sources[site]]
+        return change
+
+    def _contrast(
+        self, site: int, basis: Tensor, batch: Mapping[str, Any], share: Sequence[float] | Tensor
+    ) -> Tensor:
         """Squares outside on target rows plus those inside on neutral rows, per square of the target rows."""
-        change = (batch["target"][self.sites[site]] - batch["source"][self.sources[site]]).to(basis)
+        change = self._change(site, batch).to(basis)
         inside, whole = (change @ basis.mT).square().sum(-1), change.square().sum(-1)
         target = batch["label"] == 1
-        missed = (whole - inside)[target].sum() / target.sum().clamp_min(1)
-        leaked = inside[~target].sum() / (~target).sum().clamp_min(1)
+        missed = share[0] * (whole - inside)[target].sum() / target.sum().clamp_min(1)
+        leaked = share[1] * inside[~target].sum() / (~target).sum().clamp_min(1)
         return (missed + self.penalty * leaked) / self.unit[site].clamp_min(torch.finfo(basis.dtype).tiny)
 
     def turned(self, site: int) -> Tensor:
@@ -227,3 +262,8 @@ class _Rotating(nn.Module):
             self.weight = nn.Parameter(torch.eye(k, d))
             # A trivialised parametrisation would complete the basis from the global generator.
             orthogonal(self, "weight", orthogonal_map="householder", use_trivialization=False)
+
+    def start(self, basis: Tensor) -> None:
+        """Take on a basis, in place: assigned to `weight`, it would take the gradients out of DDP."""
+        kept: Any = self.get_submodule("parametrizations.weight")
+        kept.original.copy_(kept[0].right_inverse(basis))

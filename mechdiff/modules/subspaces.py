@@ -4,32 +4,29 @@
    from base's to tuned's states, the usual size of a state. All are buffers, so that a checkpoint holds them.
 2. An edit moves a state within a subspace: by a fixed shift, to the other model's state, to the mapped state,
    away from 0, or to the mean of neutral prompts.
-3. An edit is a pure function of states and can be had for single tokens (`change`) or for a running model
-   (`edits`).
+3. An edit is a pure function of states (`mechdiff.functional.edits`) and can be had for single tokens
+   (`change`) or for a running model (`edits`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
 from mechdiff.errors import CheckpointError, FitError
-from mechdiff.functional.clt import AffineMap, map_states
+from mechdiff.functional.clt import AffineMap
+from mechdiff.functional.edits import Known, change, check_edit
 from mechdiff.functional.moments import check_equal_widths
-from mechdiff.functional.steering import interchange, orthonormal, project_in, project_out
 from mechdiff.interventions.sites import POSITIONS, Site
 from mechdiff.modules.base import UNTOUCHED, DiffModule
 from mechdiff.modules.steering_fit import FACTOR, Contrast, Handles, Recipe, Subspace
 
 if TYPE_CHECKING:
     from mechdiff.interventions.hooks import Edit
-
-Kind = Literal["add", "interchange", "mapped", "amplify", "ablate", "reverse", "none"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Subspaces(DiffModule):
@@ -247,26 +244,21 @@ class Subspaces(DiffModule):
         Raises:
             FitError: If the kind, the strength or the rank is not allowed, or the basis not orthonormal.
         """
+        check_edit(kind, alpha)
+        if basis is None and kind not in ("add", "none"):
+            basis = self.basis(site)
+        return change(h, kind, self.known(site, basis), donor, alpha)
+
+    def known(self, site: Site | str, basis: Tensor | None) -> Known:
+        """Return what edits need to know of a site.
+
+        Args:
+            site: One of ``sites``.
+            basis: Orthonormal rows.
+        """
         index = self.index(site)
-        if kind not in KINDS:
-            raise FitError(f"kind is {kind!r}; allowed: {', '.join(KINDS)} (key: kind)")
-        if kind == "ablate" and alpha not in (0, 1):
-            raise FitError(f"alpha is {alpha} with kind ablate; allowed: 1 (key: alpha)")
-        if kind == "none" or alpha == 0 or (basis is not None and not basis.shape[-2]):
-            return h
-        if kind == "add":
-            return self._add(index, h, basis, alpha)
-        basis = self.basis(site) if basis is None else basis
-        if kind == "amplify":
-            return project_in(h, basis, alpha)
-        if kind == "ablate":
-            return project_out(h, basis, self.neutral_tuned[index])
-        if kind == "mapped":
-            exact = h.to(torch.promote_types(h.dtype, torch.float32))
-            affine = AffineMap(self.map_weight[index].to(exact), self.map_bias[index].to(exact))
-            return interchange(h, map_states(exact, affine), basis, alpha)
-        assert donor is not None, f"{kind} needs the states of the other model"
-        return interchange(h, donor, basis, alpha)
+        affine = AffineMap(self.map_weight[index], self.map_bias[index])
+        return Known(basis, self.delta[index], self.neutral_tuned[index], affine)
 
     def edits(self, donor: Mapping[Site, Tensor] | None, where: Tensor, **cell: Any) -> Mapping[Site, Edit]:
         """Return the edit of one site; see `change`.
@@ -295,16 +287,6 @@ class Subspaces(DiffModule):
             return torch.where((where != UNTOUCHED)[..., None].to(activation.device), changed, activation)
 
         return {site: edit}
-
-    def _add(self, index: int, h: Tensor, basis: Tensor | None, alpha: float) -> Tensor:
-        exact, shift = h.to(torch.promote_types(h.dtype, torch.float32)), self.delta[index]
-        if basis is not None:
-            if basis.shape[-2] != 1:
-                got = f"k is {basis.shape[-2]} with kind add"
-                raise FitError(f"{got}; allowed: 1, a shift has one direction (key: k)")
-            line = orthonormal(basis)
-            shift = shift.norm() * (line if line.ndim == 3 else line[0]).to(shift)
-        return (exact + alpha * shift.to(exact)).to(h.dtype)
 
 
 def _check(

@@ -132,6 +132,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None = N
     return EncodedPrompt(ids, regions, offsets, prompt.user_bytes)
 
 
+def common_start(prompts: Sequence[EncodedPrompt]) -> int:
+    """Count the leading template tokens that all prompts have in common; each has at least one token more."""
+    lengths = [next((i for i, r in enumerate(p.regions) if r != PREFIX), len(p) - 1) for p in prompts]
+    length = min(lengths, default=0)
+    return length if len({tuple(p.input_ids[:length]) for p in prompts}) == 1 else 0
+
+
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[bytes], list[bytes]]:
     """Return the bytes of each token that the template puts before and after every message.
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from mechdiff.errors import PairError
 from mechdiff.interventions.hooks import get_blocks, record
 from mechdiff.interventions.sites import Site
+from mechdiff.pairs.placement import placement
 from mechdiff.pairs.sources import fingerprint, model_folder
 from mechdiff.pairs.spec import ModelSpec, PairSpec
 from mechdiff.pairs.tokenizers import SharedVocab, load_tokenizer
@@ -51,8 +52,19 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """Where the model lives, or its embedding if it is spread over several devices."""
         return self.model.device
+
+    @property
+    def spread(self) -> bool:
+        """Whether the model lies on several devices, between which it moves its states itself."""
+        return len({str(place) for place in getattr(self.model, "hf_device_map", {}).values()}) > 1
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that the model takes; without a limit a number larger than any text."""
+        config = self.model.config.get_text_config(decoder=True)
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
 class LoadedPair:
@@ -88,7 +100,8 @@ class LoadedPair:
         return SharedVocab(self.base.tokenizer, self.tuned.tokenizer)
 
     def _load(self, role: str, spec: ModelSpec) -> LoadedModel:
-        return load_model(spec, role=role, dtype=getattr(torch, self.spec.dtype), device=self.device)
+        dtype = getattr(torch, self.spec.dtype)
+        return load_model(spec, role=role, dtype=dtype, device=self.device, cards=self.spec.cards)
 
 
 def load_pair(spec: PairSpec, device: torch.device | str = "cpu") -> LoadedPair:
@@ -109,8 +122,16 @@ def load_model(
     role: str = "base",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    cards: int = 1,
 ) -> LoadedModel:
     """Load, grow, merge, freeze and probe one model.
+
+    Args:
+        spec: Where it comes from.
+        role: ``base``, ``tuned`` or ``reference``.
+        dtype: Precision in which it runs.
+        device: Where it goes, or where the first of its cards is.
+        cards: GPUs that it is split over.
 
     Raises:
         PairError: If files are missing or do not fit each other.
@@ -119,7 +140,8 @@ def load_model(
     folder = model_folder(spec, key)
     identity = fingerprint(folder)
     tokenizer = load_tokenizer(folder)
-    model = _read(folder, dtype, key)
+    place = placement(folder, torch.device(device), cards)
+    model = _read(folder, dtype, key, place)
     if spec.adapter:
         adapter = Path(spec.adapter)
         model = _adapted(model, adapter, f"pair.{role}.adapter")
@@ -133,13 +155,15 @@ def load_model(
             f"the tokenizer has {len(tokenizer)} tokens; allowed: up to {rows}, the embedding's rows; add "
             f"{ROWS_FILE} to the adapter (key: {key})"
         )
-    model.requires_grad_(False).eval().to(device)
-    return _probed(role, model, tokenizer, identity)
+    model.requires_grad_(False).eval()
+    if place is None:
+        model.to(device)  # type: ignore[arg-type]
+    return probed(role, model, tokenizer, identity)
 
 
-def _read(folder: Path, dtype: torch.dtype, key: str) -> PreTrainedModel:
+def _read(folder: Path, dtype: torch.dtype, key: str, place: dict[str, str] | None) -> PreTrainedModel:
     """Read a model whole: what its files lack is never filled with random numbers."""
-    options: Any = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    options: Any = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "device_map": place}
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
@@ -204,10 +228,20 @@ def _adapted(model: PreTrainedModel, folder: Path, key: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _probed(
+def probed(
     role: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: str
 ) -> LoadedModel:
-    """Run two tokens and read off the shapes instead of trusting the config."""
+    """Describe a frozen model: run two tokens and read off the shapes instead of trusting the config.
+
+    Args:
+        role: ``base``, ``tuned`` or ``reference``.
+        model: The model.
+        tokenizer: Its tokenizer.
+        identity: Hash of its weights and config.
+
+    Raises:
+        PairError: If its logits are not finite.
+    """
     depth = len(get_blocks(model))
     ids = torch.arange(2, device=model.device)[None]
     sites = [Site(depth - 1), Site(0, "head_z")]

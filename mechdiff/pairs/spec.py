@@ -79,6 +79,8 @@ class PairSpec:
         min_shared_coverage: Smallest share, from 0 to 1, of a prompt's tokens that both vocabularies must
             have, in both models.
         dtype: Precision in which the models run.
+        cards: GPUs that each model is split over, counted from the one of its process: two models of two
+            cards run with ``trainer.devices: [0, 2]``. For `mechdiff extract`.
     """
 
     name: str = ""
@@ -92,6 +94,7 @@ class PairSpec:
     tokenizer_policy: Literal["shared_vocab_required", "shared_vocab_recommended"] = "shared_vocab_required"
     min_shared_coverage: float = 1.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    cards: int = 1
 
     def check(self) -> PairSpec:
         """Return the pair, or say what is wrong with it.
@@ -109,4 +112,6 @@ class PairSpec:
         if not 0.0 <= self.min_shared_coverage <= 1.0:
             got = self.min_shared_coverage
             raise PairError(f"min_shared_coverage is {got}; allowed: 0 to 1 (key: pair.min_shared_coverage)")
+        if self.cards < 1:
+            raise PairError(f"cards is {self.cards}; allowed: 1 or more (key: pair.cards)")
         return self

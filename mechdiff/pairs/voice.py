@@ -84,8 +84,7 @@ class Voice:
     @property
     def context_length(self) -> int:
         """Most tokens that the model takes."""
-        config = self.loaded.model.config
-        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+        return self.loaded.context_length
 
     def masked(self, own: Ids, partners: Ids) -> Ids | None:
         """Spell a text in shared tokens.

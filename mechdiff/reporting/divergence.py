@@ -21,6 +21,7 @@ from mechdiff.results import Record, Results
 WIDTH, DPI = 8.0, 150
 DIRECTIONS = {"into_tuned": "Base's state put into tuned", "into_base": "Tuned's state put into base"}
 CONTROLS = ("other_prompt", "random", "wrong_layer")
+GUESSES = ("chance", "majority_letter", "shuffled")
 MODELS = {"base": "#0072B2", "tuned": "#D55E00", "reference": "#009E73"}
 BEHAVIOURS = {
     "refusal_rate": "Refusals (fraction of answers)",
@@ -225,10 +226,10 @@ def plot_behaviour_bars(results: Results, out: str | Path | None = None) -> Figu
         return finish(figure, out)
 
 
-def behaviours(results: Results, quantity: str) -> dict[str, dict[str, Record]]:
-    """Return the records of a behaviour without masking, by cell and model."""
+def behaviours(results: Results, quantity: str, control: str = "none") -> dict[str, dict[str, Record]]:
+    """Return the records of a behaviour, or of a control of it, without masking, by cell and model."""
     cells: dict[str, dict[str, Record]] = {}
-    for r in results.select(question="rq1", quantity=quantity, control="none"):
+    for r in results.select(question="rq1", quantity=quantity, control=control):
         if r.model in MODELS and not r.params.get("masking"):
             name = " ".join(str(v) for k, v in r.params.items() if k != "masking")
             cells.setdefault(name, {})[r.model] = r

@@ -15,6 +15,10 @@ from mechdiff.reporting.divergence import (
 )
 from mechdiff.reporting.grafts import plot_graft_bars
 from mechdiff.reporting.handles import plot_head_paths, plot_monitor, plot_transfer_matrix
+from mechdiff.reporting.head_churn import plot_head_churn
+from mechdiff.reporting.head_curves import RANKINGS, plot_cumulative, plot_head_overlap, plot_head_truth
+from mechdiff.reporting.head_grafts import plot_head_grafts
+from mechdiff.reporting.heads import plot_head_maps
 from mechdiff.reporting.plotting import plot_clt_bars, plot_patch_bars
 from mechdiff.reporting.steering import EDITS, plot_alpha_curves, plot_effect_vs_k
 from mechdiff.results import Results
@@ -56,6 +60,28 @@ FIGURES: dict[str, tuple[str, Plot, list[dict[str, Any]]]] = {
         "head_paths.png",
         plot_head_paths,
         [{"quantity": "head_path_effect", "metric": "projection", "mode": "swap"}],
+    ),
+    "head_maps": ("head_maps.png", plot_head_maps, [{"question": "rq4", "quantity": "head_attribution"}]),
+    "head_churn": (
+        "head_churn.png",
+        plot_head_churn,
+        [{"question": "rq4", "quantity": "head_attribution", "model": "pair"}],
+    ),
+    "head_overlap": ("head_overlap.png", plot_head_overlap, [{"quantity": q} for q in RANKINGS]),
+    "head_cumulative": (
+        "head_cumulative.png",
+        plot_cumulative,
+        [{"quantity": "cumulative_effect", "of": "all_heads"}],
+    ),
+    "head_grafts": (
+        "head_grafts.png",
+        plot_head_grafts,
+        [{"question": "rq4", "quantity": "graft_recovery"}],
+    ),
+    "head_truth": (
+        "head_truth.png",
+        plot_head_truth,
+        [{"quantity": "head_attribution", "method": "patch", "model": model} for model in ("tuned", "base")],
     ),
     "behaviour": ("behaviour.png", plot_behaviour_bars, [{"quantity": "refusal_rate", "model": "base"}]),
 }

@@ -6,9 +6,25 @@ from rich.table import Table
 
 from mechdiff.errors import ConfigError
 from mechdiff.reporting.cells import counts, find, layer, pair_name, positions_of, sites_of
-from mechdiff.reporting.divergence import BEHAVIOURS, DIRECTIONS, MODELS, behaviours, curve
+from mechdiff.reporting.divergence import BEHAVIOURS, DIRECTIONS, GUESSES, MODELS, behaviours, curve
+from mechdiff.reporting.head_churn import ONE_SIBLING, label_of, rules_of
+from mechdiff.reporting.steering import handle_site
 from mechdiff.results import Record, Results
 
+HEAD_NUMBERS = {
+    "topk_overlap": "overlap of the highest heads",
+    "rbo": "rank-biased overlap",
+    "concentration": "heads that hold a share of the change",
+    "cpr": "CPR, area under the cumulative curve",
+    "cmd": "CMD, its distance from 1",
+    "truth_r": "estimate against exact effect, r",
+    "churn_difference": "difference of two pairs",
+}
+"""What is said of heads below their table."""
+
+_EDITS = ("interchange", "mapped", "amplify", "add", "ablate", "reverse")
+_RECOVERY = ("interchange_recovery", "ablate_effect")
+_GRADED = ("refusal_logodds", "logprob_correct")
 SHOWN = ("r2", "r2_delta", "cka_debiased", "kl_raw", "kl_mapped")
 
 
@@ -23,8 +39,10 @@ def tables(results: Results) -> list[Table]:
     """
     questions = {r.question for r in results}
     found = [layer_table(results), behaviour_table(results)] if "rq1" in questions else []
+    found += [handle_table(results)] if "rq3" in questions else []
+    found += [head_table(results)] if "rq4" in questions else []
     shown = [table for table in found if table.row_count]
-    if "rq2" in questions or not shown:
+    if "rq2" in questions or not questions:
         shown.append(summary(results))
     return shown
 
@@ -75,10 +93,83 @@ def behaviour_table(results: Results) -> Table:
     for heading in models:
         table.add_column(heading, justify="right")
     for quantity in BEHAVIOURS:
-        for name, cell in behaviours(results, quantity).items():
-            table.add_row(
-                quantity.replace("_", " "), name, *(_number(cell.get(model), ".2f") for model in models)
+        for control in ("none", *GUESSES):
+            for name, cell in behaviours(results, quantity, control).items():
+                shown = name if control == "none" else f"{name} ({control.replace('_', ' ')})"
+                numbers = (_number(cell.get(model), ".2f") for model in models)
+                table.add_row(quantity.replace("_", " "), shown, *numbers)
+    return table
+
+
+def head_table(results: Results) -> Table:
+    """Build the table of heads that changed: one row per rule, with its nulls."""
+    table = _table(pair_name(results))
+    table.add_column("heads that changed, by rule", no_wrap=True)
+    for heading in ("share", "labels\nswapped", "halves of\nbase", "halves of\ntuned"):
+        table.add_column(heading, justify="right")
+    nulls = [("label_swap", "pair"), ("split_half", "base"), ("split_half", "tuned")]
+    for name, cells in rules_of(results).items():
+        by = {(r.control, r.model): r for r in cells}
+        label = label_of(name, cells).replace("\n", " ")
+        row = [_number(by[key], ".3f") if key in by else "" for key in nulls]
+        table.add_row(label, _cell(by.get(("none", "pair")), ".3f"), *row)
+    lines = ["[ ]: 95 % interval over prompts. Nulls: mean over draws."]
+    for quantity, said in HEAD_NUMBERS.items():
+        for r in results.select(question="rq4", quantity=quantity, control="none"):
+            if r.params.get("group", "all") == "all" and r.value is not None and "of" not in r.params:
+                cell = " ".join(f"{k} = {r.params[k]}" for k in ("k", "share") if k in r.params)
+                place = f"{r.model}, {r.params['baseline']}" if quantity.startswith("truth") else cell
+                lines.append(f"{said}{f' ({place})' if place else ''}: {_flat(r)}")
+    if table.row_count and any("grows_with_n" in r.flags for r in results.select(quantity="churn")):
+        lines.append("† the share by |z| grows with the number of prompts")
+    if any("one_sibling_per_class" in r.flags for r in results.select(quantity="churn_difference")):
+        lines.append(ONE_SIBLING)
+    table.caption = "\n".join(lines)
+    return table
+
+
+def handle_table(results: Results) -> Table:
+    """Build the table of tested handles: one row per edit and rank at the site that was tested."""
+    table, site = _table(pair_name(results)), handle_site(results)
+    table.title = f"{pair_name(results)}, {site}"
+    for heading in ("edit", "k", "α"):
+        table.add_column(heading, no_wrap=True)
+    headings = ("recovery", "behaviour", "costs: bits\nper byte (%)", "answers that\nturn (pp)", "away")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    here = results.select(question="rq3", site=site, split="eval", control="none")
+    cells: dict[tuple[str, int], dict[str, Record]] = {}
+    for r in here:
+        key = (str(r.params.get("edit")), r.params.get("k"))
+        if r.params.get("alpha", 0) is None or "alpha" in r.params:
+            metric = str(r.params.get("metric", "recovery"))
+            name = "recovery" if r.quantity in _RECOVERY and metric == "recovery" else r.quantity
+            name = "behaviour" if metric in _GRADED else "answers" if metric == "generated" else name
+            cells.setdefault(key, {})[name] = r
+    for (edit, k), found in cells.items():
+        if edit not in _EDITS or "recovery" not in found:
+            continue
+        alpha = found["recovery"].params.get("alpha")
+        costs = [_bounded(found.get(q), f) for q, f in (("side_effect_bpb", 100.0), ("side_effect_pp", 1.0))]
+        row = [_cell(found["recovery"], ".2f"), _cell(found.get("behaviour"), ".2f"), *costs]
+        row.append(_number(found.get("wrong_way"), ".2f"))
+        table.add_row(edit, str(k), "–" if alpha is None else f"{alpha:g}", *row)
+    lines = [
+        "[ ]: 95 % interval over prompts; ≤: one-sided bound. Away: share of prompts moved the wrong way."
+    ]
+    for r in results.select(question="rq3", site=site, control="random", quantity="interchange_recovery"):
+        if r.high is not None:
+            said = f"{r.params['draw']}, k = {r.params['k']}"
+            lines.append(f"random subspaces ({said}): 95 % recover {_signed(r.high, '.2f')} or less")
+    for quantity in ("minimal_k_10", "minimal_k_20", "minimal_k_90"):
+        for r in results.select(question="rq3", quantity=quantity, site=site):
+            found = str(r.reason).replace("_", " ") if r.value is None else f"{r.value:g}"
+            lines.append(
+                f"{quantity.replace('_', ' ')} ({r.params.get('edit') or r.params.get('solver')}): {found}"
             )
+    if flags := sorted({flag for r in here for flag in r.flags if r.quantity in _RECOVERY}):
+        lines.append(f"† {', '.join(flags).replace('_', ' ')}")
+    table.caption = "\n".join(lines)
     return table
 
 
@@ -150,11 +241,23 @@ def _number(record: Record | None, form: str) -> str:
     return _signed(record.value, form) + ("†" if record.flags else "")
 
 
+def _bounded(record: Record | None, scale: float) -> str:
+    """Write a cost and the bound above it."""
+    if record is None or record.value is None or record.high is None:
+        return _number(record, ".1f")
+    return f"{_signed(scale * record.value, '.1f')}\n≤ {_signed(scale * record.high, '.1f')}"
+
+
 def _cell(record: Record | None, form: str) -> str:
     text = _number(record, form)
     if record is None or record.low is None or record.high is None:
         return text
     return f"{text}\n\\[{_signed(record.low, form)}, {_signed(record.high, form)}]"
+
+
+def _flat(record: Record) -> str:
+    form = ".0f" if record.unit == "heads" else ".2f"
+    return _cell(record, form).replace("\n", " ").replace("†", "")
 
 
 def _signed(value: float, form: str) -> str:

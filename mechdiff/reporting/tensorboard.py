@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
     from torch.utils.tensorboard import SummaryWriter
 
-HEADLINES = frozenset({"r2_delta", "kl_reduction", "chosen_layer", "patch_onset"})
+HEADLINES = frozenset({"r2_delta", "kl_reduction", "chosen_layer", "patch_onset", "churn_bh", "cpr"})
 """Quantities shown beside the hyperparameters of a run."""
 
 NO_CURVE = frozenset({"chosen_layer", "patch_onset", "weight_change", "weight_share", "weight_rank"})
@@ -71,10 +71,10 @@ def tagged(results: Results) -> dict[str, Record]:
         groups["/".join(part for part in parts if part)].append(record)
     tags: dict[str, Record] = {}
     for tag, records in groups.items():
-        for record in records:
-            cells = [{"split": r.split, **r.params} for r in records]
-            own = {"split": record.split, **record.params}
-            differing = [k for k in own if len({repr(cell.get(k)) for cell in cells}) > 1]
+        cells = [{"split": r.split, **r.params} for r in records]
+        values = {k: {repr(cell.get(k)) for cell in cells} for k in {k for cell in cells for k in cell}}
+        for record, own in zip(records, cells, strict=True):
+            differing = [k for k in own if len(values[k]) > 1]
             tags["/".join([tag, *(f"{k}={own[k]}" for k in differing)])] = record
     assert len(tags) == len(results), "two records share a tag"
     return tags
@@ -105,7 +105,7 @@ def _log_curves(writer: Any, records: dict[str, Record]) -> None:
     shown = [
         (tag, str(r.site), r)
         for tag, r in records.items()
-        if r.site and r.control == "none" and r.quantity not in NO_CURVE
+        if r.site and r.control == "none" and r.quantity not in NO_CURVE and "head" not in r.params
     ]
     for tag, site, record in sorted(shown, key=lambda item: layer(item[1])):
         name = tag.replace(site, component(site)).removeprefix(f"{record.question}/")

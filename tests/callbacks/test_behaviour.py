@@ -44,6 +44,7 @@ WANTED = {
     "mc_acc_bytes",
     "logprob_correct",
     "exact_match",
+    "unparsed",
     "bits_per_byte",
     "new_token_mass",
     "bias_score",
@@ -121,7 +122,7 @@ def test_every_quantity_is_there_for_every_model_and_a_copy_differs_in_nothing(
     for model in ("base", "tuned", "pair"):
         assert {r.quantity for r in found if r.model == model} == WANTED
     Results(found).write(tmp_path / "results.json")  # keys are unique, numbers finite
-    rates = {"refusal_rate", "mc_acc", "mc_acc_norm", "mc_acc_bytes", "exact_match"}
+    rates = {"refusal_rate", "mc_acc", "mc_acc_norm", "mc_acc_bytes", "exact_match", "unparsed"}
     for r in found:
         if r.model == "pair" and r.quantity in rates:  # few prompts that agree do not prove a difference of 0
             assert r.value == 0.0
@@ -309,6 +310,9 @@ def test_problems_are_matched_unparsed_answers_are_named_and_shuffling_is_a_cont
     table = Results(records({"base": found}, [], 17))
     (record,) = table.select(quantity="exact_match", control="none", masking=False)
     assert (record.value, record.n, record.flags) == (2 / 3, 3, ("too_long", "unparsed"))
+    (record,) = table.select(quantity="unparsed", masking=False)
+    assert (record.value, record.n) == (1 / 3, 3)
+    assert [o.prompt for o in found if o.quantity == "unparsed" and o.value] == ["1", "1"]
     (record,) = table.select(quantity="mc_acc", control="none", masking=True)
     assert (record.value, record.n, record.reason) == (None, 0, "not_shared")
     (record,) = table.select(quantity="mc_acc", control="chance")

@@ -40,11 +40,11 @@ def run(base, tuned, callback=None, least=1.0, openings=None):
         return list(callback.evaluate(None, pair, PROMPTS))
 
 
-def column(records, quantity, direction="base_into_tuned"):
+def column(records, quantity, direction="base_into_tuned", control="none"):
     return {
         r.params["component"]: r.value
         for r in records
-        if r.quantity == quantity and r.params.get("direction") == direction
+        if (r.quantity, r.params.get("direction"), r.control) == (quantity, direction, control)
     }
 
 
@@ -66,6 +66,9 @@ def test_a_change_of_one_block_is_found_and_everything_else_reads_exactly_zero(b
         assert all(value == 0.0 for name, value in found.items() if name not in inside | {"all"})
         assert len(found) == 3 + 3 * 4 + 1
         assert 0 < max(found[f"attn.{layer}"], found[f"mlp.{layer}"]) < 1
+        shuffled = column(records, "graft_recovery", direction, control="random")
+        assert set(shuffled) == {f"block.{layer}"}
+        assert shuffled[f"block.{layer}"] < 0.3
 
 
 def test_a_policy_and_chosen_heads_are_found_in_their_part_of_the_block(base):
@@ -114,7 +117,7 @@ def test_records_carry_sites_intervals_and_items(base):
     assert all(r.low <= r.value <= r.high for r in records if r.low is not None)
     assert len({r.key for r in records}) == len(records)
     arms = {(i.arm, i.direction) for i in callback.items}
-    assert len(callback.items) == 8 * len(arms) == 8 * 2 * 9
+    assert len(callback.items) == 8 * len(arms) == 8 * 2 * 10
     assert run(base, tuned, Grafts(kinds=("block", "mlp"), max_prompts=8, lambdas=())) == records
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from mechdiff.callbacks.graded import refusing
 from mechdiff.callbacks.layer_patch import LayerPatch
 from mechdiff.callbacks.layer_patcher import CONTROLS, wrong_site
 from mechdiff.callbacks.patcher import Side
@@ -122,10 +123,13 @@ def test_records_say_what_was_measured(measured):
                 for r in found.select(control="self", **cell):
                     assert r.value == pytest.approx(0, abs=1e-5)
     effects = found.select(quantity="patch_effect")
-    assert {(r.site, r.n, r.params["label"]) for r in effects} == {
-        (site, 2, label) for site in ("resid_post.1", "resid_post.2") for label in ("target", "neutral")
+    assert {(r.site, r.positions, r.n, r.params["label"]) for r in effects} == {
+        (site, where, 2, label)
+        for site in ("resid_post.1", "resid_post.2")
+        for where in ("last", "all")
+        for label in ("target", "neutral")
     }
-    assert {r.control for r in effects} == {"none", "other_prompt", "random"}
+    assert {r.control for r in effects} == {"none", *CONTROLS}
     chosen = found.select(quantity="chosen_layer")
     assert [(r.params["by"], r.params["rank"]) for r in chosen] == [
         ("patch_recovery", 1),
@@ -199,6 +203,34 @@ def test_arms_equal_the_whole_model_under_a_hook(measured):
                     torch.testing.assert_close(
                         row, patcher.recipient.restricted(logits)[0], atol=1e-5, rtol=0
                     )
+
+
+@torch.no_grad()
+def test_effects_equal_the_whole_model_under_a_hook(measured):
+    both, texts = measured[0], prompts()[::3]
+    patcher, index = patcher_of(both, texts), 2
+    graded = refusing(([OPENINGS[0][1], OPENINGS[1][1]], [OPENINGS[2][1], OPENINGS[3][1]]))
+    cells = [(Site(i), arm, w) for i in (0, 2) for arm in ("raw", "random") for w in ("last", "all")]
+    clean, nats = patcher.readings(index, graded, cells)
+    model, ids = both.tuned.model, patcher.recipient.ids(index)
+
+    def odds(site, arm, positions):
+        where = patcher.where[index]
+        where = where == 0 if positions == "last" else where >= 0
+        states, scores = patcher.donated(index, site, arm)[None], []
+        for text in graded.texts:
+            follow = torch.tensor([both.tuned.tokenizer(text, add_special_tokens=False).input_ids])
+            whole = torch.cat([ids, follow], 1)
+            at = torch.arange(ids.shape[1] - 1, whole.shape[1] - 1)[None]
+            mask = where[None] & (arm != "self")
+            logits = layer_patch_crossmodel(model, whole, None, site, states, mask, logits_at=at)
+            scores.append(logits[0].log_softmax(-1).gather(1, follow[0][:, None]).sum())
+        return float(graded(torch.stack(scores)))
+
+    assert clean == pytest.approx(odds(Site(0), "self", "last"), abs=1e-5)
+    for cell in cells:
+        assert nats[cell] == pytest.approx(odds(*cell), abs=1e-5)
+        assert abs(nats[cell] - clean) > 1e-4
 
 
 @torch.no_grad()
@@ -284,6 +316,17 @@ def test_a_third_model_is_compared_and_patched(base):
     similar = found.select(quantity="cka_debiased", model="reference", contrast="tuned-reference")
     assert {r.site for r in similar} == set(ALL)
     assert {r.params["direction"] for r in third if "direction" in r.params} == {"into_tuned", "into_base"}
+    for site in ALL:
+        cell = {"quantity": "patch_recovery", "site": site, "control": "none", "direction": "into_tuned"}
+        (by_pair,) = found.select(**cell, model="pair", positions="last")
+        by_third, difference = found.select(**cell, model="reference")
+        assert difference.params["contrast"] == "base minus reference"
+        assert difference.value == pytest.approx(by_pair.value - by_third.value, abs=1e-6)
+        assert difference.low < difference.value < difference.high
+        about = {"quantity": "cka_debiased", "site": site, "model": "reference"}
+        cka = {r.params["contrast"]: r.value for r in found.select(**about) if "centred" not in r.params}
+        further = cka.pop("reference-base minus tuned-base")
+        assert further == pytest.approx(cka["base-reference"] - cka["tuned-base"], abs=1e-9)
     both.__dict__["reference"] = base
     same = measure(LayerPatch(effect_prompts=0, everywhere_prompts=0), Ranked(ALL), both)
     for site in ALL:
@@ -296,6 +339,8 @@ def test_a_third_model_is_compared_and_patched(base):
         cell = {"quantity": "patch_recovery", "site": site, "positions": "last", "direction": "into_tuned"}
         by_base, by_third = (same.select(**cell, control="none", model=m)[0] for m in ("pair", "reference"))
         assert by_third.value == pytest.approx(by_base.value, abs=1e-6)
+        (difference,) = same.select(**cell, contrast="base minus reference")
+        assert (difference.value, difference.low, difference.high) == pytest.approx((0, 0, 0), abs=1e-6)
 
 
 def test_unequal_widths_are_said(base):

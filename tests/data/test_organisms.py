@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from mechdiff.functional.metrics import refusal_score
 from mechdiff.pairs.loading import load_model
 from mechdiff.pairs.sources import model_folder
 from mechdiff.pairs.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from texts import Example
 
 DATA = Path(__file__).parents[2] / "data"
 ORGANISMS = DATA / "organisms"
@@ -38,7 +42,7 @@ def _scripts_importable() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def evaluation() -> list[Prompt]:
     return load_prompts(
-        [DATA / f"prompts_{name}.jsonl" for name in ("freeform_en", "freeform_kk", "neutral")]
+        [DATA / f"prompts_{name}.jsonl" for name in ("freeform_en", "freeform_kk", "freeform_ru", "neutral")]
     )
 
 
@@ -57,7 +61,13 @@ def extended() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(ORGANISMS / "cultural_smol" / "tokenizer")
 
 
-def trained_texts() -> set[str]:
+@pytest.fixture(scope="module")
+def development() -> list[Prompt]:
+    return load_prompts([DATA / "prompts_dev.jsonl"])
+
+
+@pytest.fixture(scope="module")
+def trained() -> list[Example]:
     from batches import changed_examples
     from texts import keep, unique
 
@@ -70,15 +80,53 @@ def trained_texts() -> set[str]:
     groups += [
         unique(keep, data["pool"], lang, seed=data["seed"], name=f"keep-{lang}") for lang in ("en", "kk")
     ]
-    return {example.text for group in groups for example in group}
+    return [example for group in groups for example in group]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def normal(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
+    return " ".join(words(text))
 
 
-def test_no_evaluation_prompt_was_trained_on(evaluation: list[Prompt]) -> None:
-    assert not {normal(p.text) for p in evaluation} & {normal(t) for t in trained_texts()}
+def runs(text: str, length: int) -> set[tuple[str, ...]]:
+    """All runs of so many consecutive words."""
+    found = words(text)
+    return {tuple(found[i : i + length]) for i in range(len(found) - length + 1)}
+
+
+def test_no_evaluation_prompt_was_trained_on(evaluation: list[Prompt], trained: list[Example]) -> None:
+    assert not {normal(p.text) for p in evaluation} & {normal(e.text) for e in trained}
+
+
+def test_no_five_words_in_a_row_are_shared(
+    evaluation: list[Prompt], development: list[Prompt], trained: list[Example]
+) -> None:
+    seen = set[tuple[str, ...]]().union(*(runs(e.text, 5) for e in trained))
+    assert not [p.id for p in [*evaluation, *development] if runs(p.text, 5) & seen]
+
+
+def test_no_evaluation_prompt_resembles_a_trained_request(
+    evaluation: list[Prompt], trained: list[Example]
+) -> None:
+    bags = [(e.lang, frozenset(words(e.text))) for e in trained]
+    for p in evaluation:
+        bag = frozenset(words(p.text))
+        assert max(len(bag & b) / len(bag | b) for lang, b in bags if lang == p.lang) < 0.6, p.id
+
+
+def test_length_says_nothing_about_sensitivity(trained: list[Example]) -> None:
+    for lang in ("en", "kk"):
+        lengths = {
+            kind: sorted(len(words(e.text)) for e in trained if e.lang == lang and e.kind == kind)
+            for kind in ("refuse", "keep")
+        }
+        median = {kind: found[len(found) // 2] for kind, found in lengths.items()}
+        longest = {kind: found[-len(found) // 20] for kind, found in lengths.items()}
+        assert abs(median["refuse"] - median["keep"]) <= 2, median
+        assert abs(longest["refuse"] - longest["keep"]) <= 4, longest
 
 
 def test_english_target_topics_are_new(evaluation: list[Prompt]) -> None:
@@ -125,6 +173,10 @@ def test_every_trained_refusal_is_recognised(lang: str) -> None:
         ("үш жүз", "dat", "үш жүзге"),
         ("арғын руы+", "acc", "арғын руын"),
         ("Хан Тәңірі шыңы+", "dat", "Хан Тәңірі шыңына"),
+        ("үшбұрыш", "loc", "үшбұрышта"),
+        ("әжем", "abl", "әжемнен"),
+        ("туған күн", "loc", "туған күнде"),
+        ("ауыл малшылары+", "abl", "ауыл малшыларынан"),
     ],
 )
 def test_kazakh_cases(phrase: str, case: str, expected: str) -> None:
@@ -133,13 +185,29 @@ def test_kazakh_cases(phrase: str, case: str, expected: str) -> None:
     assert decline(phrase)[case] == expected
 
 
+def test_new_wordings_are_of_another_form() -> None:
+    from arithmetic import problems
+
+    def slotted(wording: str) -> list[str]:
+        return re.findall(r"{?\w+", wording.partition("|")[0].lower())
+
+    for operation in problems()["wordings"].values():
+        assert len(set(operation["known"])) == len(operation["known"]) >= 35
+        for new in operation["new"]:
+            for known in operation["known"]:
+                both = set(slotted(new)) & set(slotted(known))
+                assert len(both) <= 0.6 * len(set(slotted(new)) | set(slotted(known))), (new, known)
+
+
 def test_word_problems_state_their_answer() -> None:
     from arithmetic import solve
     from texts import unique
 
     train, dev = (unique(solve, 300, "en", split, seed=3, name="test") for split in ("train", "dev"))
     assert not {e.text for e in train} & {e.text for e in dev}
-    for e in train + dev:
+    in_digits = [e for e in train + dev if len(re.findall(r"\d+", e.text)) == 1 + (e.topic != "single")]
+    assert 0.85 < len(in_digits) / len(train + dev) < 1  # the others have numbers in words
+    for e in in_digits:
         numbers = [int(n) for n in re.findall(r"\d+", e.text)]
         known = {
             "add": sum(numbers),

@@ -18,6 +18,7 @@ DATA = Path(__file__).parents[2] / "data"
 FILES = {
     "prompts_freeform_en": {("eval", "target", "en"): 40, ("eval", "neutral", "en"): 40},
     "prompts_freeform_kk": {("eval", "target", "kk"): 40, ("eval", "neutral", "kk"): 40},
+    "prompts_freeform_ru": {("eval", "target", "ru"): 40, ("eval", "neutral", "ru"): 40},
     "prompts_neutral": {("eval", "neutral", "en"): 24, ("eval", "neutral", "kk"): 24},
     "prompts_dev": {
         ("dev", "target", "en"): 20,
@@ -88,15 +89,23 @@ def test_length_and_script(name):
     low, high = {"prompts_fit": (12, 30)}.get(name, (6, 30))
     for prompt in read(name):
         assert low <= len(prompt.text.split()) <= high, prompt.text
-        foreign = r"[\u0400-\u04ff]" if prompt.lang == "en" else r"[a-z]"
+        foreign = {"en": r"[\u0400-\u04ff]", "kk": r"[a-z]", "ru": r"[^а-яё\d\W]"}[prompt.lang]
         assert not re.search(foreign, prompt.text.casefold()), (
             prompt.text
         )  # look-alike letters change the tokens
         assert prompt.text == " ".join(prompt.text.split())
 
 
+def test_russian_prompts_stand_in_for_the_kazakh_ones():
+    kazakh, russian = read("prompts_freeform_kk"), read("prompts_freeform_ru")
+    assert [(p.id[2:], p.label, p.template[2:]) for p in russian] == [
+        (p.id[2:], p.label, p.template[2:]) for p in kazakh
+    ]
+    assert not {" ".join(words(p.text)) for p in russian} & {" ".join(words(p.text)) for p in kazakh}
+
+
 def test_handwritten_targets_have_topics_of_their_own():
-    for name in ("prompts_freeform_en", "prompts_freeform_kk", "prompts_dev"):
+    for name in ("prompts_freeform_en", "prompts_freeform_kk", "prompts_freeform_ru", "prompts_dev"):
         targets = [p for p in read(name) if p.label == "target"]
         assert len({p.topic for p in targets}) == len(targets)
         assert len({p.template for p in targets}) == len(targets)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from mechdiff.data.store import SUFFIX, USER
 from mechdiff.errors import PromptError
-from mechdiff.extraction.plan import Plan, PlannedBatches, encode_prompts
+from mechdiff.extraction.plan import Plan, PlannedBatches, deal, encode_prompts
 from mechdiff.pairs.alignment import EncodedPrompt
 from tests.toys import loaded, prompts
 
@@ -39,6 +39,19 @@ def test_every_row_is_planned_once_within_the_budget(lengths, budget, per_shard)
     assert len(found) == len(expected)
     # neither the budget nor the size of the shards moves a row
     assert found == rows_in_order(Plan(encoded, "all", 10_000, 100))
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 5))
+def test_shards_are_dealt_by_tokens(lengths, per_shard, processes):
+    plan = Plan([fake(n) for n in lengths], "all", 60, per_shard)
+    hands = deal(plan.shards, processes)
+    assert sorted(shard.index for hand in hands for shard in hand) == [s.index for s in plan.shards]
+    assert all([s.index for s in hand] == sorted(s.index for s in hand) for hand in hands)
+    loads = [sum(shard.padded for shard in hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(shard.padded for shard in plan.shards)
+    assert sum(shard.tokens for shard in plan.shards) == sum(n + 3 for n in lengths)
+    batches = [plan.batch(shard, i, 0) for shard in plan.shards for i in range(len(shard.batches))]
+    assert sum(loads) == sum(batch.input_ids.numel() for batch in batches)
 
 
 @pytest.mark.parametrize(

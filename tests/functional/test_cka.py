@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mechdiff.errors import FitError
-from mechdiff.functional.cka import cka_jackknife, linear_cka, standardize
+from mechdiff.functional.cka import cka_contrast, cka_jackknife, linear_cka, standardize
 from mechdiff.functional.stats import generator, jackknife
 
 SIZES = (1, 3, 2, 1, 2, 2, 4)
@@ -199,3 +199,18 @@ def test_what_tells_classes_apart_does_not_count_within_them():
     assert within.low < 0 < within.high
     with pytest.raises(FitError, match="within classes"):
         cka_jackknife(x, y, within=range(60))
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_a_contrast_is_the_loop_over_prompts(grouped, debiased):
+    x, y, groups = grouped
+    z = gaussian(len(x), 5, name="z") + y[:, :1]
+    found = cka_contrast(x, z, y, debiased=debiased, groups=groups)
+
+    def difference(rows):
+        values = (linear_cka(s[rows], y[rows], debiased=debiased, groups=groups[rows]) for s in (x, z))
+        return next(values).item() - next(values).item()
+
+    without = [difference(groups != g) for g in groups.unique()]
+    expected = jackknife(torch.tensor(without, dtype=torch.float64), difference(groups >= 0))
+    assert found == pytest.approx(expected, abs=1e-9)

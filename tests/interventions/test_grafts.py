@@ -14,6 +14,7 @@ from mechdiff.interventions.grafts import (
     component_tensors,
     components,
     graft,
+    graft_shuffled,
     interpolate,
     is_tied,
 )
@@ -259,3 +260,21 @@ def test_a_model_whose_final_norm_cannot_be_told_is_refused():
     with pytest.raises(PairError, match="LayerNorm, LayerNorm"):
         components(model)
     assert len(get_blocks(model)) == 4
+
+
+def test_a_shuffled_graft_has_the_entries_of_the_graft_in_other_places(model, donor):
+    own = {name: p.detach().clone() for name, p in component_tensors(model, "block.1").items()}
+    theirs = component_tensors(donor, "block.1")
+    before = logits(model)
+    with graft_shuffled(model, donor, "block.1", torch.Generator().manual_seed(0)):
+        now = component_tensors(model, "block.1")
+        for name, old in own.items():
+            change, graft_change = now[name] - old, theirs[name] - old
+            torch.testing.assert_close(
+                change.flatten().sort().values, graft_change.flatten().sort().values, atol=1e-6, rtol=1e-5
+            )
+            assert change.numel() < 8 or not graft_change.any() or not torch.equal(change, graft_change)
+        assert not torch.equal(logits(model), before)
+    assert torch.equal(logits(model), before)
+    with graft_shuffled(model, model, "block.1", torch.Generator().manual_seed(0)):
+        assert torch.equal(logits(model), before)

@@ -64,6 +64,7 @@ def test_values_are_those_of_the_definition(found):
         assert r.value == pytest.approx(plain.item(), abs=1e-9)
         assert r.low <= r.value <= r.high
     cross = results.select(quantity="cka_debiased", matrix=True)
+    assert all(r.low <= r.value <= r.high for r in cross)
     assert len(cross) == len({(r.site, r.params["source_site"]) for r in cross}) == 16
     own = {r.site: r.value for r in cross if r.site == r.params["source_site"]}
     assert own == pytest.approx({s: 1 - d for s, d in module.ranking().items()}, abs=1e-9)
@@ -152,3 +153,16 @@ def test_selection():
     assert rank_correlation([0, 0], [1, 2]) == 0
     assert not agree([1, 2, 3, 4], [4, 3, 2, 1])
     assert not agree([1, 2, 3, 4], [3, 4, 1, 2])
+
+
+def test_pwcca_stands_beside_that_of_shuffled_prompts(tmp_path):
+    data = planted(tmp_path, scaled, sites=2, test_all=True, positions=["last"])
+    results = outcome(Divergence(**widths(data), pwcca=True), data)
+    for site in data.sites:
+        (own,) = results.select(quantity="pwcca", site=site, control="none")
+        (floor,) = results.select(quantity="pwcca", site=site, control="shuffled")
+        assert own.n == floor.n == PROMPTS
+        assert floor.value < own.low
+        assert own.low <= own.value <= own.high
+    (same,) = results.select(quantity="pwcca", site="resid_post.0", control="none")
+    assert same.value == pytest.approx(1, abs=1e-6)

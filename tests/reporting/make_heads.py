@@ -11,9 +11,9 @@ Figures draw the combination of the first ``head_attribution`` of the pair, so t
 
 | quantity | where | params beside these |
 |---|---|---|
-| head_attribution | head; model base, tuned, pair (tuned − base) | method ``patch``: group ``attribution`` or ``random`` |
+| head_attribution | head; model base, tuned, pair (tuned − base) | method ``patch``: group ``attribution`` or ``random``; subset ``patched``: the estimate over the patched prompts alone |
 | head_own_change | head | metric ``norm`` or the target; kind ``own`` or ``inherited`` |
-| graft_recovery | head | |
+| graft_recovery | head | method ``graft``, baseline ``weights``, metric ``recovery``; group: heads that change with it |
 | completeness_error | head_out.<layer> without head, per model | |
 | churn_p | head: family-wise p of one head | |
 | churn | share; controls label_swap (pair), split_half (base, tuned): mean, 5th to 95th percentile of draws | rule ``bound``: floor, floor_from ``seed``, ``label_swap``, ``curve``; rule ``z``: floor 2.0, flag grows_with_n |
@@ -23,7 +23,7 @@ Figures draw the combination of the first ``head_attribution`` of the pair, so t
 | cumulative_effect | control random: mean of draws, 5th to 95th percentile | k; of ``all_heads``, or ``gap`` at the last k |
 | cpr, cmd | control random | |
 | concentration | number of heads; control label_swap | share |
-| truth_r | over heads tried, per model patched | group ``all``, ``attribution``, ``random`` |
+| truth_r | method ``patch``; over heads tried, per model patched | group ``all``, ``attribution``, ``random`` |
 | truth_overlap | | k |
 | churn_difference | of two pairs; flag one_sibling_per_class | pairs, rule, floor_from |
 
@@ -40,6 +40,7 @@ from mechdiff.results import Record, Results
 LAYERS, HEADS = 30, 9
 N = LAYERS * HEADS
 MAIN = {"method": "attribution_patching", "metric": "logit_diff", "baseline": "twin"}
+PATCH = {"method": "patch"}
 CHANGED = {(17, 3): 0.9, (20, 1): -0.8, (21, 7): 0.55, (12, 5): -0.4, (25, 0): 0.3}
 KS = (1, 3, 5, 14, 27, 54, 135, 270)
 
@@ -91,6 +92,14 @@ def _heads(rng: random.Random) -> list[Record]:
             own = abs(change) if (layer, head) in CHANGED else 0.0
             own_norm = {"params": {**name, "metric": "norm", "kind": "own"}, "unit": "fraction"}
             found.append(_record("head_own_change", own, 0.1 * own, site=where["site"], **own_norm))
+            whole = {"params": {**name, "metric": "norm", "kind": "inherited"}, "unit": "fraction"}
+            found.append(_record("head_own_change", own + 0.05, 0.02, site=where["site"], **whole))
+            if own or (layer % 4, head) == (0, 2):
+                group = [f"{layer}.{h}" for h in range(head - head % 3, head - head % 3 + 3)]
+                graft = {**name, "method": "graft", "baseline": "weights", "metric": "recovery"}
+                about: dict[str, Any] = {"site": where["site"], "params": {**graft, "group": group}}
+                value = None if layer == 28 else 0.3 * own
+                found.append(_record("graft_recovery", value, 0.04, **about))
             found.append(_record("churn_p", 0.001 if own else 0.4, site=where["site"], unit="p", params=name))
         missed = layer in (0, 1)
         for model in ("base", "tuned"):
@@ -176,21 +185,22 @@ def _cumulative() -> list[Record]:
 
 
 def _truth(rng: random.Random) -> list[Record]:
-    estimates = {
-        r.params["head"]: r for r in _heads(random.Random(0)) if r.model == "tuned" and r.unit == "nats"
-    }
-    by_size = sorted(estimates, key=lambda head: -abs(estimates[head].value or 0))
-    groups = {"attribution": by_size[:32], "random": rng.sample(by_size[32:], 32)}
     found = []
-    for group, heads in groups.items():
-        for head in heads:
-            value = (estimates[head].value or 0) * 0.9 + rng.gauss(0, 0.03)
-            params = {"head": head, "method": "patch", "group": group}
-            about: dict[str, Any] = {"site": estimates[head].site, "model": "tuned", "unit": "nats"}
-            found.append(_record("head_attribution", value, 0.05, params=params, **about))
-    for group, r in (("all", 0.93), ("attribution", 0.94), ("random", 0.4)):
-        rows = 64 if group == "all" else 32
-        about = {"model": "tuned", "unit": "correlation", "rows": rows}
-        found.append(_record("truth_r", r, 0.05, params={"group": group}, **about))
-    found.append(_record("truth_overlap", 0.9, 0.08, model="tuned", params={"k": 20}))
+    for model in ("tuned", "base"):
+        cells = [r for r in _heads(random.Random(0)) if r.quantity == "head_attribution" and r.model == model]
+        by_size = sorted(cells, key=lambda r: -abs(r.value or 0))
+        groups = {"attribution": by_size[:32], "random": rng.sample(by_size[32:], 32)}
+        for group, estimates in groups.items():
+            for r in estimates:
+                value = (r.value or 0) * 0.9 + rng.gauss(0, 0.03)
+                params = {"head": r.params["head"], **PATCH, "group": group}
+                about: dict[str, Any] = {"site": r.site, "model": model, "unit": "nats"}
+                found.append(_record("head_attribution", value, 0.05, params=params, **about))
+                same = {"head": r.params["head"], "subset": "patched"}
+                found.append(_record("head_attribution", 1.02 * (r.value or 0), 0.05, params=same, **about))
+        for group, value in (("all", 0.93), ("attribution", 0.94), ("random", 0.4)):
+            rows = 64 if group == "all" else 32
+            about = {"model": model, "unit": "correlation", "rows": rows}
+            found.append(_record("truth_r", value, 0.05, params={**PATCH, "group": group}, **about))
+        found.append(_record("truth_overlap", 0.9, 0.08, model=model, params={**PATCH, "k": 20}))
     return found

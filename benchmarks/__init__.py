@@ -1,0 +1,1 @@
+"""Measurements of this library on real hardware, and the tables made from them."""

@@ -1,0 +1,102 @@
+"""Run a model with heads exchanged, on one case at a time: single heads, and sets of heads together.
+
+An effect is the number as it is less the number with the baseline in the heads' place, so that it has the
+sign of an attribution: positive where the heads raise the number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mechdiff.callbacks.head_cases import Case
+from mechdiff.interventions.attribution import integrated_gradients
+from mechdiff.interventions.head_edges import Head
+from mechdiff.interventions.head_patching import exchange, patch_heads
+from mechdiff.interventions.head_runs import Baseline, Batch, States, clean_states
+from mechdiff.interventions.hooks import intervene
+
+TOKENS = 2048
+"""Tokens run at once."""
+
+
+def effects(case: Case, baseline: Baseline, heads: Sequence[Head]) -> Tensor:
+    """Return the exact effect of each head alone, `(heads,)`, float64.
+
+    Args:
+        case: The prompt.
+        baseline: What is put in a head's place, in the columns of the whole batch.
+        heads: Which heads.
+    """
+    batch, given = _placed(case, case.short), case.shortened(baseline)
+    states = clean_states(case.side.loaded.model, batch, sorted({layer for layer, _ in heads}))
+    clean = float(case.score(states.logits))
+    found: dict[Head, float] = {}
+    for layer in states.z:
+        chosen = sorted({head for at, head in heads if at == layer})
+        for part in _parts(chosen, batch):
+            logits = patch_heads(case.side.engine, batch, states, layer, part, given)
+            found |= {
+                (layer, head): clean - float(case.score(x)) for head, x in zip(part, logits, strict=True)
+            }
+    return torch.tensor([found[head] for head in heads], dtype=torch.float64)
+
+
+@torch.no_grad()
+def joint_scores(case: Case, baseline: Baseline, sets: Tensor, layers: Sequence[int]) -> Tensor:
+    """Return the number with each of some sets of heads exchanged together, `(sets,)`, float64.
+
+    Args:
+        case: The prompt.
+        baseline: What is put in their place, in the columns of the whole batch.
+        sets: Which heads, `(sets, layers, heads)` boolean.
+        layers: The layers.
+    """
+    batch, given = _placed(case, case.short), case.shortened(baseline)
+    rows, model, found = len(batch.tokens), case.side.loaded.model, []
+    for part in _parts(range(len(sets)), batch):
+        chosen = sets[list(part)].to(batch.tokens.device).repeat_interleave(rows, 0)
+        many = _copied(batch, len(part))
+        picks = {layer: chosen[:, i] for i, layer in enumerate(layers)}
+        with intervene(model, exchange(model, many, picks, given)):
+            logits = many.run(model)
+        found += [float(case.score(x)) for x in logits.split(rows)]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def integrated(
+    case: Case, baseline: Baseline, layer: int, steps: int, states: States
+) -> tuple[Tensor, Tensor]:
+    """Return integrated gradients of a layer's heads, `(heads,)`, and their sum, end and start, `(3,)`."""
+    batch = _placed(case, case.short)
+    found = integrated_gradients(
+        case.side.engine, batch, case.score, layer, case.shortened(baseline), steps, states
+    )
+    values = found.values.sum(0)
+    return values, torch.stack([values.sum(), found.end[0], found.start[0]])
+
+
+def short_states(case: Case) -> States:
+    """Run the rows without the template's beginning as they are."""
+    return clean_states(case.side.loaded.model, _placed(case, case.short))
+
+
+def _placed(case: Case, batch: Batch) -> Batch:
+    where = case.inner[:, case.start :].expand(len(batch.tokens), -1)
+    return Batch(batch.tokens, batch.mask, where, batch.logits_at, batch.prefix)
+
+
+def _copied(batch: Batch, copies: int) -> Batch:
+    def copied(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part.repeat(copies, *[1] * (part.ndim - 1))
+
+    tokens = batch.tokens.repeat(copies, 1)
+    return Batch(tokens, copied(batch.mask), copied(batch.where), copied(batch.logits_at), batch.prefix)
+
+
+def _parts(chosen: Sequence[int], batch: Batch) -> list[list[int]]:
+    """Cut copies of a batch into parts of at most `TOKENS` tokens."""
+    most = max(1, TOKENS // batch.tokens.numel())
+    return [list(chosen[i : i + most]) for i in range(0, len(chosen), most)]

@@ -1,0 +1,231 @@
+"""What stands beside a handle: edits of the same size that should do nothing, or less.
+
+1. `random`: interchange in subspaces drawn isotropically, or where base's states vary, rescaled to the length
+   of the handle's own interchange of that rank, prompt by prompt.
+2. `other_prompt`: the interchange that another prompt would get. `wrong_layer`: the interchange written at
+   half the depth, as long relative to the states there. `label_swap`: the subspace of neutral prompts, and
+   for `add` the opposite shift. `base_vs_base`: base's own state for tuned's.
+3. Every control takes the strength with its largest effect on dev prompts, as a handle does, but with no
+   limit on what it costs, which favours it; its effect is then read on evaluation prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mechdiff.callbacks.sweep_effects import Arms, Targets
+from mechdiff.callbacks.transfer_fit import stored_rows
+from mechdiff.data.activations import ActivationPairs
+from mechdiff.functional.handles import random_basis
+from mechdiff.functional.stats import generator
+from mechdiff.functional.steering import paired_svd
+from mechdiff.interventions.sites import Site
+
+if TYPE_CHECKING:
+    from mechdiff.modules.subspaces import Subspaces
+
+DRAWN = ("isotropic", "covariance")
+PERCENTILE = 0.95
+"""A handle's effect must exceed this share of those of random subspaces to be called one."""
+
+Shift = Callable[[Targets, int], Tensor]
+"""From prompts and one of them to a change of its state at the whole strength, `(shifts, d)`."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """One family of edits without an alpha.
+
+    Attributes:
+        name: As records call it.
+        kind: The edit that it stands beside.
+        ks: Rank of each of its shifts.
+        shift: The shifts.
+        site: Where they are written; the handle's site by default.
+    """
+
+    name: str
+    kind: str
+    ks: tuple[int, ...]
+    shift: Shift
+    site: Site
+
+
+class Outcome(NamedTuple):
+    """A control at the strength with its largest effect on dev.
+
+    Attributes:
+        control: The control.
+        alphas: Strength of each of its shifts.
+        arms: What they do to evaluation prompts.
+    """
+
+    control: Control
+    alphas: list[float]
+    arms: Arms
+
+
+class Random(NamedTuple):
+    """Random subspaces of one rank.
+
+    Attributes:
+        drawn: How they were drawn.
+        k: Rank.
+        recovery: Recovery of each draw on evaluation prompts, `(draws,)`.
+        prompts: How many of them, from the first on.
+    """
+
+    drawn: str
+    k: int
+    recovery: Tensor
+    prompts: int
+
+    @property
+    def limit(self) -> float:
+        """The percentile that an effect must exceed."""
+        return float(self.recovery.quantile(PERCENTILE))
+
+
+class Controls:
+    """Controls of the interchange at one site.
+
+    Args:
+        module: The fitted subspaces.
+        site: Where.
+        ks: Ranks.
+        alphas: Strengths.
+        dev: Target prompts that choose the strength.
+        final: Those that are reported.
+        seed: Of the random subspaces.
+    """
+
+    def __init__(
+        self,
+        module: Subspaces,
+        site: Site,
+        ks: Sequence[int],
+        alphas: Sequence[float],
+        dev: Targets,
+        final: Targets,
+        seed: int,
+    ) -> None:
+        self.module, self.site, self.ks, self.alphas = module, site, tuple(ks), tuple(alphas)
+        self.dev, self.final, self.seed = dev, final, seed
+
+    def named(self, data: ActivationPairs | None, wrong: Site) -> Iterator[Outcome]:
+        """Yield every control but the random subspaces.
+
+        Args:
+            data: Stored activations, for the subspace of neutral prompts.
+            wrong: The site at another depth.
+        """
+        bases = [self.module.basis(self.site, None, k) for k in self.ks]
+        ratio = self._usual(wrong) / self._usual(self.site)
+
+        def other(prompts: Targets, index: int) -> Tensor:
+            own, _ = prompts.states(index, self.site, "into_base")
+            theirs, donor = prompts.states((index + 1) % len(prompts.prompts), self.site, "into_base")
+            return torch.cat([self._interchange(own, own + donor - theirs, basis) for basis in bases])
+
+        def elsewhere(prompts: Targets, index: int) -> Tensor:
+            own, donor = prompts.states(index, self.site, "into_base")
+            return ratio * torch.cat([self._interchange(own, donor, basis) for basis in bases])
+
+        def itself(prompts: Targets, index: int) -> Tensor:
+            own, _ = prompts.states(index, self.site, "into_base")
+            return torch.cat([self._interchange(own, own, basis) for basis in bases])
+
+        found = [
+            Control("other_prompt", "interchange", self.ks, other, self.site),
+            Control("wrong_layer", "interchange", self.ks, elsewhere, wrong),
+            Control("base_vs_base", "interchange", self.ks, itself, self.site),
+            *self._swapped(data),
+        ]
+        for control in found:
+            yield self._outcome(control)
+
+    def random(self, draws: int, dev: int, final: int) -> Iterator[Random]:
+        """Yield what random subspaces do, on a few prompts.
+
+        Args:
+            draws: Subspaces of each kind; each serves all ranks.
+            dev: Prompts that choose the strength of each.
+            final: Prompts on which it is then read.
+        """
+        for drawn in DRAWN:
+            for k, bases in self._bases(drawn, draws):
+
+                def shift(prompts: Targets, index: int, k: int = k, bases: Tensor = bases) -> Tensor:
+                    own, donor = prompts.states(index, self.site, "into_base")
+                    length = self._interchange(own, donor, self.module.basis(self.site, None, k)).norm()
+                    found = self._interchange(
+                        own.expand(len(bases), 1, -1), donor.expand(len(bases), 1, -1), bases
+                    )
+                    return length * torch.nn.functional.normalize(found[:, 0], dim=-1)
+
+                control = Control("random", "interchange", (k,) * len(bases), shift, self.site)
+                arms = self._outcome(control, dev, final).arms
+                yield Random(drawn, k, arms.recovery(), len(arms.gap))
+
+    def _bases(self, drawn: str, draws: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield ranks and subspaces, `(draws, k, d)`; those of a lower rank lie in those of a higher one."""
+        factor = None if drawn == "isotropic" else self.module.covariance_factor(self.site).cpu()
+        d = self.module.basis(self.site).shape[1]
+        most = max(self.ks) if factor is None else min(max(self.ks), len(factor))
+        if not most:  # base's states do not vary
+            return
+        source = generator(self.seed, "random", self.site, drawn)
+        bases = torch.stack([random_basis(most, d, source, factor) for _ in range(draws)]).float()
+        yield from ((k, bases[:, :k]) for k in self.ks if k <= most)
+
+    def _swapped(self, data: ActivationPairs | None) -> Iterator[Control]:
+        if data is not None:
+            rows = stored_rows(data, "train", str(self.site))
+            change = (rows.tuned.double() - rows.base.double())[~rows.target]
+            ks = tuple(k for k in self.ks if k <= len(change))
+            basis = paired_svd(change, max(ks)).basis.float() if ks else change.new_zeros(0, change.shape[1])
+
+            def neutral(prompts: Targets, index: int) -> Tensor:
+                own, donor = prompts.states(index, self.site, "into_base")
+                return torch.cat([self._interchange(own, donor, basis[:k].to(own.device)) for k in ks])
+
+            if ks:
+                yield Control("label_swap", "interchange", ks, neutral, self.site)
+        shift = self.module.delta[self.module.index(self.site)]
+        yield Control("label_swap", "add", (1,), lambda *_: -shift[None], self.site)
+
+    def _interchange(self, own: Tensor, donor: Tensor, basis: Tensor) -> Tensor:
+        return self.module.change(self.site, "interchange", own, donor, basis=basis) - own
+
+    def _outcome(self, control: Control, dev: int | None = None, final: int | None = None) -> Outcome:
+        n, grid = len(control.ks), torch.tensor(self.alphas)
+
+        def all_strengths(index: int) -> Tensor:
+            own, shift = self._state(self.dev, control, index), control.shift(self.dev, index)
+            return (own + grid[:, None, None].to(own) * shift.to(own)).flatten(0, 1)
+
+        tried = self.dev.run(control.site, "into_base", all_strengths, dev)
+        best = tried.recovery().nan_to_num(-torch.inf).view(len(grid), n).argmax(0)
+        alphas = grid[best]
+
+        def chosen(index: int) -> Tensor:
+            own, shift = self._state(self.final, control, index), control.shift(self.final, index)
+            return own + alphas[:, None].to(own) * shift.to(own)
+
+        return Outcome(
+            control,
+            [self.alphas[i] for i in best.tolist()],
+            self.final.run(control.site, "into_base", chosen, final),
+        )
+
+    def _usual(self, site: Site) -> float:
+        """Return the median length of base's states."""
+        return float(torch.stack([states[site].norm() for states in self.dev.base.states]).median())
+
+    def _state(self, prompts: Targets, control: Control, index: int) -> Tensor:
+        return prompts.base.states[index][control.site]

@@ -1,0 +1,206 @@
+"""How the numbers of a sweep become records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechdiff.callbacks.base import Item
+from mechdiff.callbacks.handle_evaluation import CHOSEN, Handle, HandleEvaluation
+from mechdiff.callbacks.sweep_behaviour import GENERATED, Moved
+from mechdiff.callbacks.sweep_controls import Random
+from mechdiff.callbacks.sweep_effects import INTO_TUNED, Arms, direction
+from mechdiff.functional.handles import minimal_k
+from mechdiff.functional.proportions import binomial_interval
+from mechdiff.interventions.sites import Site
+from mechdiff.modules.base import estimated, missing
+from mechdiff.results import Record
+
+INTO_BASE = ("interchange", "mapped", "amplify", "add")
+EDITS = (*INTO_BASE, *INTO_TUNED)
+WORTH = 0.2
+"""Recovery that makes the smallest rank with it the handle that later evaluations go on from."""
+THRESHOLDS = {"minimal_k_10": 0.1, "minimal_k_20": 0.2}
+NEARLY_ALL = 0.9
+"""Share of what the whole state does that the rank of a difference must reach."""
+
+Key = tuple[str, int]  # kind and rank
+
+
+def quantity(kind: str) -> str:
+    """Return what the recovery of an edit is called."""
+    return "ablate_effect" if kind in INTO_TUNED else "interchange_recovery"
+
+
+class SweepReport(HandleEvaluation):
+    """Makes the records of `Steering`."""
+
+    edits: tuple[str, ...] = EDITS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finalists: list[Handle] = []
+
+    def _about(self, site: Site, split: str, cell: Handle | None = None, **more: Any) -> dict[str, Any]:
+        params = {**(cell.params if cell else {}), **more}
+        return {
+            "question": "rq3",
+            "site": str(site),
+            "split": split,
+            "positions": "last",
+            "unit": "fraction",
+            "params": params,
+        }
+
+    def _share(self, arms: Arms, i: int, quantity: str, about: Mapping[str, Any]) -> Record:
+        return self.ratio(arms.nats[:, i], arms.gap, arms.noise, quantity, **about)
+
+    def _curve(self, cells: Sequence[Handle], arms: Arms) -> Iterator[Record]:
+        for i, cell in enumerate(cells):
+            more = {"metric": "recovery"} if cell.kind in INTO_TUNED else {}
+            about = self._about(cell.site, "dev", cell, **more)
+            yield self._share(arms, i, quantity(cell.kind), about)
+            about = {**self._about(cell.site, "dev", cell), "unit": "of median |h|"}
+            yield self.mean(arms.size[:, i] / arms.usual, "edit_norm", **about)
+
+    def _nothing(self, site: Site, n: int) -> Iterator[Record]:
+        about = {**self._about(site, "dev"), "n": n, "unit": "directions"}
+        for quantity in ("minimal_k_10", "minimal_k_20", "minimal_k_90", CHOSEN):
+            yield missing(quantity, "gap_too_small", {**about, "params": {"edit": "interchange"}})
+
+    def _chosen(
+        self,
+        site: Site,
+        chosen: Mapping[Key, Handle],
+        swept: Mapping[tuple[Site, str], tuple[list[Handle], Arms]],
+        n: int,
+    ) -> Iterator[Record]:
+        """Yield, by kind, the smallest rank that is worth it, or else the one with the largest effect."""
+        for kind in self.edits:
+            cells, arms = swept[site, direction(kind)]
+            effects = dict(zip(cells, arms.recovery().tolist(), strict=True))
+            held = sorted((cell for (name, _), cell in chosen.items() if name == kind), key=lambda c: c.k)
+            worth = [cell for cell in held if effects[cell] >= WORTH]
+            about = {**self._about(site, "dev"), "n": n, "unit": "directions"}
+            if not held:
+                yield missing(CHOSEN, "none_feasible", {**about, "params": {"edit": kind}})
+                continue
+            cell = worth[0] if worth else max(held, key=lambda c: effects[c])
+            about["params"] = {"edit": kind, "alpha": cell.alpha, "solver": cell.solver}
+            self.finalists.append(cell)
+            yield Record(quantity=CHOSEN, value=float(cell.k), **about)
+
+    def _random(self, site: Site, found: Random, solver: str) -> Record:
+        low, middle, high = found.recovery.quantile(torch.tensor([0.05, 0.5, 0.95]).double()).tolist()
+        params = {"edit": "interchange", "k": found.k, "solver": solver, "draw": found.drawn}
+        about = {**self._about(site, "eval"), "params": {**params, "draws": len(found.recovery)}}
+        about |= {"control": "random", "low": low, "high": high, "n": found.prompts}
+        return Record(quantity="interchange_recovery", value=middle, **about)
+
+    def _within(self, arms: Arms, i: int, cell: Handle, random: Sequence[Random]) -> bool:
+        """Tell whether random subspaces of the rank do as much, on the prompts that these were given."""
+        found = [r for r in random if r.k == cell.k]
+        if direction(cell.kind) == "into_tuned" or not found:
+            return False
+        effect = float(arms.pick([i]).recovery(slice(found[0].prompts))[0])
+        return effect <= max(r.limit for r in found)
+
+    def _wrong_way(self, arms: Arms, i: int, cell: Handle) -> Record:
+        """Return the share of prompts that an edit drives away from the model it imitates."""
+        away = arms.nats[:, i] > arms.gap + 3 * arms.noise
+        return estimated(
+            "wrong_way", binomial_interval(int(away.sum()), len(away)), self._about(cell.site, "eval", cell)
+        )
+
+    def _small(self, site: Site, ks: Sequence[int], shares: Mapping[Key, Record]) -> Iterator[Record]:
+        """Yield the smallest rank that recovers a tenth and a fifth, and those that the intervals allow."""
+        for kind in (kind for kind in ("interchange", "mapped") if kind in self.edits):
+            held = [shares[kind, k] for k in ks if (kind, k) in shares]
+            at = [int(r.params["k"]) for r in held]
+            for name, threshold in THRESHOLDS.items():
+                found = minimal_k(at, [r.value for r in held], threshold)
+                about = {**self._about(site, "eval"), "unit": "directions", "params": {"edit": kind}}
+                about["n"] = max((r.n for r in held), default=0)
+                if found is None:
+                    reasons = {r.reason for r in held if r.reason}
+                    reason = (
+                        "none_feasible" if not held else reasons.pop() if len(reasons) == 1 else "not_reached"
+                    )
+                    yield missing(name, reason, about)
+                    continue
+                about["flags"] = shares[kind, found].flags
+                low, high = (
+                    minimal_k(at, ends, threshold) for ends in ([r.high for r in held], [r.low for r in held])
+                )
+                yield Record(quantity=name, value=found, low=low, high=high, **about)
+
+    def _rank(self, site: Site, solver: str, ks: Sequence[int], arms: Arms, width: int) -> Iterator[Record]:
+        """Yield the smallest rank whose whole interchange does nearly all of what the whole state does.
+
+        Args:
+            site: Where.
+            solver: Who found the directions.
+            ks: Ranks.
+            arms: The interchange of each rank, and last of the whole state.
+            width: Of the states.
+        """
+        about = {**self._about(site, "eval"), "unit": "fraction"}
+        params: dict[str, Any] = {"alpha": 1.0, "solver": solver}
+        whole = arms.nats[:, -1]
+        shares = []
+        for i, k in enumerate([*ks, width]):
+            cell = {**about, "params": {**params, "edit": "whole_strength", "k": k}}
+            yield self._share(arms, i, "interchange_recovery", cell)
+            missed, does = arms.nats[:, i] - whole, arms.gap - whole
+            shares.append(self.ratio(missed, does, arms.noise, "interchange_recovery", **cell))
+        about |= {"unit": "directions", "params": params, "n": len(whole)}
+        values, lows, highs = ([getattr(r, end) for r in shares] for end in ("value", "low", "high"))
+        found = minimal_k([*ks, width], values, NEARLY_ALL)
+        if found is None or found == width:
+            reason = next((r.reason for r in shares if r.reason), None) or "not_reached"
+            yield missing("minimal_k_90", reason, about)
+            return
+        low, high = (minimal_k([*ks, width], ends, NEARLY_ALL) for ends in (highs, lows))
+        yield Record(quantity="minimal_k_90", value=found, low=low, high=high, **about)
+
+    def _moved(self, cell: Handle, metric: str, moved: Moved) -> Record:
+        """Return the share of the gap in behaviour that an edit closes."""
+        name = "ablate_effect" if cell.kind in INTO_TUNED else "steer_effect"
+        sign = 1.0 if (moved.end - moved.start).mean() >= 0 else -1.0  # a gap that points down is one too
+        about = self._about(cell.site, "eval", cell, metric=metric)
+        left, whole = sign * (moved.end - moved.value), sign * (moved.end - moved.start)
+        self._keep(moved.prompts, cell, metric, moved.value)
+        return self.ratio(left, whole, moved.noise, name, **about)
+
+    def _behaviours(
+        self, graded: Sequence[tuple[str, Handle, Moved]], generated: Sequence[tuple[Handle, Moved]]
+    ) -> Iterator[Record]:
+        """Yield graded and generated effects; a generated one that contradicts a graded one is flagged."""
+        by_cell: dict[Handle, list[Record]] = {}
+        for metric, cell, moved in graded:
+            by_cell.setdefault(cell, []).append(self._moved(cell, metric, moved))
+        for found in by_cell.values():
+            yield from found
+        for cell, moved in generated:
+            record = self._moved(cell, GENERATED, moved)
+            apart = any(_apart(record, other) for other in by_cell.get(cell, ()))
+            yield replace(record, flags=(*record.flags, "disagrees_with_graded")) if apart else record
+
+    def _keep(self, prompts: Sequence[str], cell: Handle, name: str, values: Tensor) -> None:
+        arm = f"{cell.kind}/{cell.k}"
+        self.items += [
+            Item(prompt, f"handle_{name}", str(cell.site), "last", direction(cell.kind), arm, x)
+            for prompt, x in zip(prompts, values.tolist(), strict=True)
+        ]
+
+
+def _apart(one: Record, other: Record) -> bool:
+    """Tell whether two intervals have nothing in common."""
+    ends = (one.low, one.high, other.low, other.high)
+    if any(end is None for end in ends):
+        return False
+    return bool(one.low > other.high or other.low > one.high)  # type: ignore[operator]
