@@ -47,6 +47,7 @@ _HOMES = {
     "mechdiff.reporting.grafts": ("plot_graft_bars",),
     "mechdiff.reporting.head_churn": ("plot_head_churn",),
     "mechdiff.reporting.plotting": ("plot_clt_bars", "plot_patch_bars"),
+    "mechdiff.reporting.report.page": ("write_report",),
     "mechdiff.reporting.table": ("summary",),
     "mechdiff.results": ("Record", "Results"),
 }

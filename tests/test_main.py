@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdiff.__main__ import VERBS
+from mechdiff.__main__ import VERBS, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,3 +39,22 @@ def test_a_shell_completes_the_verbs() -> None:
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(verb in done.stdout.splitlines()[0] for verb in VERBS)
     assert done.stdout.splitlines()[1:] == ["study"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["report"], "the following arguments are required: RUN"),
+        (["report", "x", "--colour"], "unrecognized arguments: --colour"),
+        (["study"], "the following arguments are required: --pair"),
+        (["doctor", "--pair"], "expected at least one argument"),
+    ],
+)
+def test_a_mistake_is_one_line(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(args)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("mechdiff: ")
+    assert error.count("\n") == 1

@@ -66,7 +66,7 @@ def study(place: Path, out: Path, *more: str, pairs: Sequence[str] = ("pair", "o
         "--trainer.accelerator=cpu",
         f"--extraction.root={place / 'stores'}",
     ]
-    return main(["study", "--pair", *files, "--out", str(out), *options, *more])
+    return main(["study", "--pair", *files, "--out", str(out), "--no-figures", *options, *more])
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(place: Path, tmp_path: P
     said = capsys.readouterr()
     assert "tiny rq2: failed: mechdiff: " in said.out
     assert "val_frac" in said.out
+    assert (out / "tiny" / "rq2.log").is_file(), "beside the folder, which a refused run takes away"
     failed = not (out / "tiny" / "rq1" / "done.json").is_file()
     assert failed or "rq2 of tiny" in (out / "report.md").read_text(encoding="utf-8")
 

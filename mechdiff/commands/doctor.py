@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mechdiff
+from mechdiff.commands.options import Options
 from mechdiff.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ TEMPLATE_ROWS = 40
 GIB = 2**30
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Options:
     """Build the parser of the verb."""
-    found = argparse.ArgumentParser("mechdiff doctor", description=ABOUT)
+    found = Options("mechdiff doctor", description=ABOUT)
     pair_help = "pair files; by default those in configs/pairs"
     found.add_argument("--pair", nargs="+", action="extend", type=Path, metavar="FILE", help=pair_help)
     found.add_argument("--stores", type=Path, default=Path("stores"), metavar="DIR", help="default: stores")

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mechdiff.commands.options import Options
 from mechdiff.errors import UsageError
 
 ABOUT = "Draw report.html and report.md from the records of runs; no model is loaded."
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Options:
     """Build the parser of the verb."""
-    found = argparse.ArgumentParser("mechdiff report", description=ABOUT)
+    found = Options("mechdiff report", description=ABOUT)
     runs_help = "folder of a run or of a study, or a results.json"
     found.add_argument("runs", nargs="+", metavar="RUN", help=runs_help)
     found.add_argument("--out", metavar="DIR", help="where to write; by default the folder of the first run")
     found.add_argument(
         "--no-figures", action="store_true", help="leave out the figures at the end of the page"
     )
+    records_help = "write every record as one table, too: .csv or .parquet"
+    found.add_argument("--records", metavar="FILE", help=records_help)
     return found
 
 
@@ -31,13 +33,14 @@ def main(args: Sequence[str]) -> int:
         args: Command line after the verb.
     """
     given = parser().parse_args(args)
+    from mechdiff.reporting.export import write_records
     from mechdiff.reporting.report.page import write_report
 
     first = Path(given.runs[0])
+    out = given.out or (first if first.is_dir() else first.parent)
     try:
-        written = write_report(
-            given.runs, given.out or (first if first.is_dir() else first.parent), not given.no_figures
-        )
+        tables = [write_records(given.runs, given.records)] if given.records else []
+        written = [*write_report(given.runs, out, not given.no_figures), *tables]
     except UsageError as error:
         print(f"mechdiff: {error}", file=sys.stderr)
         return 2

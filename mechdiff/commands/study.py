@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from mechdiff.commands.options import Options
 from mechdiff.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ ABOUT = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Options:
     """Build the parser of the verb."""
-    found = argparse.ArgumentParser("mechdiff study", description=ABOUT, allow_abbrev=False)
+    found = Options("mechdiff study", description=ABOUT, allow_abbrev=False)
     pair_help = "pair file; several make a contrast study"
     found.add_argument(
         "--pair", nargs="+", action="extend", required=True, type=Path, metavar="FILE", help=pair_help
@@ -41,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--configs", type=Path, default=Path("configs"), metavar="DIR", help="default: configs"
+    )
+    found.add_argument(
+        "--no-figures", action="store_true", help="leave out the figures at the end of the page"
     )
     return found
 
@@ -99,7 +103,7 @@ def _study(given: argparse.Namespace, more: Sequence[str]) -> int:
     if not any(step.done for step in steps):
         return 2
     compare(read_study([out]))
-    for path in write_report([out], out):
+    for path in write_report([out], out, not given.no_figures):
         console.print(f"report  {path}", soft_wrap=True, highlight=False)
     return 2 if failed else 0
 

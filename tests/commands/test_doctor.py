@@ -12,9 +12,14 @@ from mechdiff.commands import doctor
 from tests.workspace import workspace, write_pair
 
 
-def test_a_sound_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pair = workspace(tmp_path)
-    assert main(["doctor", "--pair", str(pair), "--stores", str(tmp_path / "stores")]) == 0
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a pair file whose models and prompts are there."""
+    return workspace(tmp_path_factory.mktemp("user"))
+
+
+def test_a_sound_machine(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--pair", str(sound), "--stores", str(tmp_path / "stores")]) == 0
     said = capsys.readouterr().out
     for line in ("torch 2", "cores", "tiny: all models are here; its stores need at most", "0 stores"):
         assert line in said
@@ -38,18 +43,19 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "0123 has no manifest" in wrong
 
 
-def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    pair = workspace(tmp_path)
+def test_a_disk_that_is_too_small(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    assert main(["doctor", "--pair", str(pair), "--stores", str(tmp_path)]) == 1
+    assert main(["doctor", "--pair", str(sound), "--stores", str(tmp_path)]) == 1
     assert "GiB are free" in capsys.readouterr().out
 
 
-def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_package_that_is_not_installed(sound: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(
         doctor.metadata, "requires", lambda _: ["torch>=2", "no-such-thing>=1", "x; extra == 'dev'"]
     )
-    assert main(["doctor", "--pair", str(workspace(tmp_path))]) == 1
+    assert main(["doctor", "--pair", str(sound)]) == 1
     wrong = capsys.readouterr().out.partition("wrong ")[2]
     assert "no-such-thing is not installed" in wrong
     assert "x is not" not in wrong

@@ -94,6 +94,7 @@ def line_chart(
     """
     at = _horizontal(series, ticks, even)
     fixed = [s for s in series if s.group is None]
+    fixed = fixed if any(s.line for s in fixed) else list(series)
     low, high = _range([p for s in fixed for p in s.points], [s.line for s in fixed for _ in s.points])
     scale = _Scale(low, high)
     parts = [_grid(scale), text(LEFT, TOP - 1, y_label, class_="axis")]

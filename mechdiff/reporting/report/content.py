@@ -9,7 +9,8 @@ from mechdiff.reporting.report.verdict import Verdict, words
 from mechdiff.results import Record
 
 PERCENT = frozenset(
-    {"refusal_rate", "mc_acc", "exact_match", "new_token_mass", "churn", "churn_bh", "churn_difference"}
+    {"refusal_rate", "mc_acc", "exact_match", "new_token_mass"}
+    | {"churn", "churn_bh", "churn_p", "churn_difference"}
 )
 """Shares that are read as per cent, and their differences as percentage points."""
 WHOLE = frozenset({"layer", "heads", "directions", "prompts", "degrees"})
@@ -136,22 +137,22 @@ class Citations:
 
 def shown(record: Record, value: float) -> str:
     """Write a value in the unit in which its quantity is read, with a true minus sign."""
+    if record.unit == "p":
+        return f"{value:.3f}"
     if record.unit in WHOLE:
         return _minus(f"{value:.0f}")
-    if (
-        record.quantity in PERCENT and record.model == "pair" and record.question == "rq1"
-    ) or record.quantity == "churn_difference":
+    behaves = record.quantity in PERCENT and record.question == "rq1"
+    if (behaves and record.model == "pair") or record.quantity == "churn_difference":
         return _minus(f"{100 * value:+.0f} pp")
     if record.quantity in PERCENT:
-        return f"{100 * value:.1f} %" if 0 < value < 0.1 else f"{100 * value:.0f} %"
+        digits = ".2g" if 0 < value < 0.01 else ".1f" if 0 < value < 0.1 else ".0f"
+        return f"{format(100 * value, digits)} %"
     if record.unit == "pp":
         return _minus(f"{value:.1f} pp")
     if record.quantity == "side_effect_bpb":
         return _minus(f"{100 * value:+.1f} %")
     if record.quantity.startswith(("chosen_handle", "minimal_k")):
         return f"{value:.0f}"
-    if record.unit == "p":
-        return f"{value:.3f}"
     small = 0 < abs(value) < 0.1 and record.unit in ("nats", "bits")
     return _minus(f"{value:.2g}" if small else f"{value:.2f}")
 
@@ -183,7 +184,10 @@ def _bare(record: Record, value: float) -> str:
 
 
 def _minus(text: str) -> str:
-    return text.replace("-", "−")
+    """Put a true minus sign, and none before a number that is rounded to 0."""
+    sign, digits = text[:1], text[1:]
+    nothing = not any(c in "123456789" for c in digits)
+    return digits if sign == "-" and nothing else text.replace("-", "−")
 
 
 def joined(parts: Iterable[Inline], by: str = ", ") -> list[Inline]:

@@ -105,7 +105,7 @@ def _panel(view: View) -> Panel:
             cells += [[view.number(cost.get(k))] for cost in costs]
             alpha = r.params.get("alpha")
             said = "–" if alpha is None else f"{alpha:g}"
-            rows.append([[f"{edit}, k = {k}"], [said], *cells, [count(r)]])
+            rows.append([[f"{edit}, k\u00a0=\u00a0{k}"], [said], *cells, [count(r)]])
     if rows:
         head = [
             "handle",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from mechdiff.reporting.cells import layer
 from mechdiff.reporting.report.charts import Point, Series, head_map, line_chart
 from mechdiff.reporting.report.content import DASH, Cell, Chart, Inline, Panel, Section, Table, Takeaway
-from mechdiff.reporting.report.verdict import Verdict, judge, words
+from mechdiff.reporting.report.verdict import Verdict, judge, judge_p, words
 from mechdiff.reporting.report.view import View, count, mark, named, span
 from mechdiff.results import Record
 
@@ -33,7 +33,9 @@ SHARES: dict[str, tuple[str, bool]] = {
     "truth_overlap": ("overlap of attribution's and patching's highest heads", False),
 }
 """Quantities of all heads together, and whether more than their controls is a claim."""
-KEPT = ("rule", "floor_from", "share", "k", "group", "of")
+CELL = ("rule", "floor", "floor_from", "share", "k", "persistence", "level")
+"""Parameters that tell one share from another, besides how it was measured."""
+KEPT = ("rule", "floor_from", "share", "k", "of")
 METHOD = (
     "Every head is attributed in both models on the same prompts (gradient × activation on its "
     "contribution to the "
@@ -74,8 +76,8 @@ def family(view: View) -> dict[str, object]:
 
 def changes(view: View, quantity: str = "head_attribution") -> dict[tuple[int, int], Record]:
     """Return the changes of a pair's heads by layer and head."""
-    about = {**family(view), **MAPS[quantity][1]}
-    found = view.pair.select("rq4", quantity=quantity, control="none", model="pair", **about)
+    about = MAPS[quantity][1] or family(view)
+    found = view.pair.select("rq4", quantity=quantity, control="none", model="pair", of=None, **about)
     return {at: r for r in found if (at := place(r)) is not None}
 
 
@@ -107,12 +109,12 @@ def _largest(view: View) -> list[Table]:
         p = view.pair.one("rq4", quantity="churn_p", control="none", head=f"{at[0]}.{at[1]}")
         cells: list[Cell] = [
             [view.number(r)],
-            [mark(judge(r, null=0.0, side="either"))],
+            [mark(judge_p(p))],
             [view.number(p)],
             [view.number(own.get(at))],
         ]
         rows.append([[f"{at[0]}.{at[1]}"], *cells, [count(r)]])
-    head = ["head", "tuned − base", "differs from 0", "family-wise p", "own change", "n"]
+    head = ["head", "tuned − base", "beyond swapped labels", "family-wise p", "own change", "n"]
     caption = (
         f"The {len(rows)} largest changes of {len(found)} heads (layer.head). Control: labels "
         "swapped per prompt, whose largest change gives p."
@@ -126,7 +128,11 @@ def _said(r: Record) -> str:
 
 
 def _cumulative(view: View) -> list[Chart]:
-    found = view.pair.select("rq4", quantity="cumulative_effect", of="all_heads", **family(view))
+    found = view.pair.select("rq4", quantity="cumulative_effect", of="all_heads")
+    if not found:
+        return []
+    main = (found[0].model, *(found[0].params.get(k) for k in MAIN))
+    found = [r for r in found if (r.model, *(r.params.get(k) for k in MAIN)) == main]
     series = [
         Series(name, _by_k(view, [r for r in found if r.control == control]), colour, line=control == "none")
         for colour, (control, name) in enumerate(
@@ -153,9 +159,7 @@ def nulls(view: View, record: Record | None) -> list[Record]:
     """Return what a share reaches where nothing differs: the same cell under every control, of any model."""
     if record is None:
         return []
-    keys = [
-        k for k in ("rule", "floor", "floor_from", "share", "k", "persistence", "of") if k in record.params
-    ]
+    keys = [k for k in (*MAIN, *CELL) if k in record.params]
     found = view.pair.select("rq4", quantity=record.quantity, site=record.site)
     same = [
         r for r in found if r.control != "none" and all(r.params.get(k) == record.params[k] for k in keys)
@@ -176,7 +180,9 @@ def _rows(view: View, quantity: str) -> list[Record]:
     found = [
         r
         for r in view.pair.select("rq4", quantity=quantity, control="none", site=None)
-        if r.params.get("floor_from") != "curve" and r.params.get("head") is None
+        if r.params.get("floor_from") != "curve"
+        and not {"head", "edge"} & set(r.params)
+        and r.params.get("group") in (None, "all")
     ]
     ranks = [r for r in found if r.params.get("k") is not None]
     middle = [r for r in ranks if r.params["k"] == 20] or ranks[-1:]
@@ -191,8 +197,9 @@ def _shares(view: View) -> list[Table]:
             cell: list[Inline] = []
             for c in beside[:3]:
                 cell += ["; " if cell else "", f"{named(c)} ", view.number(c)]
-            about = ", ".join(f"{words(k)} {words(r.params[k])}" for k in KEPT if r.params.get(k) is not None)
-            about += f" ({', '.join(map(words, r.flags))})" if r.flags else ""
+            kept = [f"{words(k)} {words(r.params[k])}" for k in KEPT if r.params.get(k) is not None]
+            kept += [] if r.model == "pair" else [r.model, words(r.params.get("baseline"))]
+            about = ", ".join([*kept, *map(words, r.flags)])
             verdict = mark(judge(r, beside)) if claims and beside else DASH
             rows.append(
                 [

@@ -89,7 +89,7 @@ def _panel(view: View) -> Panel:
                 detail=True,
             )
         )
-    panel.blocks.append(takeaway(view))
+    panel.blocks += takeaways(view)
     return panel
 
 
@@ -159,19 +159,22 @@ def verdicts(view: View) -> tuple[str | None, Verdict, Verdict]:
     return site, fits, acts
 
 
-def takeaway(view: View) -> Takeaway:
-    """Say whether the map explains the difference, and whether its states act."""
+def takeaways(view: View) -> list[Takeaway]:
+    """Say whether the map explains the difference and, apart from that, whether its states act."""
     site, fits, acts = verdicts(view)
     if site is None:
-        return Takeaway(fits, ["No map was tested."])
+        return [Takeaway(fits, ["No map was tested."])]
     fitted = cell(view, "r2_delta", site)
-    parts: list[Inline] = [f"At layer {layer(site)} the map explains "]
-    parts += view.sentence(fitted, [r for c in CONTROLS if (r := cell(view, "r2_delta", site, control=c))])
-    parts.append(f" of tuned − base: {fits.words} ({fits.why}). As a patch, mapped KL ")
-    mapped = cell(view, "kl_mapped", site)
-    parts += view.sentence(mapped, [r for r in [cell(view, "kl_mapped", site, control="mean_shift")] if r])
-    parts.append(f": {acts.words} beyond the mean shift ({acts.why}).")
-    return Takeaway(fits, parts)
+    beside = [r for c in CONTROLS if (r := cell(view, "r2_delta", site, control=c))]
+    parts: list[Inline] = [f"At layer {layer(site)} the map explains ", *view.sentence(fitted, beside)]
+    found = [Takeaway(fits, [*parts, f" of tuned − base; {fits.why}."])]
+    mapped, meant = (cell(view, "kl_mapped", site, control=c) for c in ("none", "mean_shift"))
+    if mapped is not None:
+        parts = [f"As a patch at layer {layer(site)}, a mapped state leaves KL ", *view.sentence(mapped)]
+        if meant is not None:
+            parts += [" where the mean shift leaves ", view.number(meant)]
+        found.append(Takeaway(acts, [*parts, f"; {acts.why}."]))
+    return found
 
 
 def headline(view: View) -> list[Inline]:
@@ -180,6 +183,6 @@ def headline(view: View) -> list[Inline]:
     if site is None:
         return ["no map was tested"]
     r2, delta, agreement = (cell(view, q, site) for q in ("r2", "r2_delta", "patch_agreement"))
-    parts: list[Inline] = ["R² = ", view.number(r2), ", of the difference ", *view.sentence(delta)]
+    parts: list[Inline] = ["R² = ", *view.sentence(r2), ", of the difference ", *view.sentence(delta)]
     parts += [f" at layer {layer(site)}: {fits.words} beyond its controls; mapped ≈ real patch to "]
     return [*parts, *view.sentence(agreement), f" ({acts.words} beyond the mean shift)"]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from mechdiff.reporting.report.content import Cell, Section, Table, Text
-from mechdiff.reporting.report.runs import QUESTIONS
 from mechdiff.reporting.report.verdict import words
 from mechdiff.reporting.report.view import View, count, span
 from mechdiff.results import Record
@@ -78,6 +77,7 @@ def setup(views: Sequence[View]) -> Section:
                 "Next-token mass on tokens that the other model lacks (descriptive; no control applies).",
                 ["model and prompts", "lost mass", "n"],
                 lost,
+                detail=True,
             )
         )
     else:
@@ -87,7 +87,7 @@ def setup(views: Sequence[View]) -> Section:
 
 def mass(view: View) -> list[Record]:
     """Return the lost mass of each model, by kind of prompt; one record per kind."""
-    for question in QUESTIONS:
+    for question in ("rq2", "rq1"):  # the former by language alone
         found = [
             r
             for r in view.pair.select(question, quantity="new_token_mass", control="none")

@@ -59,6 +59,13 @@ def _contrast_line(study: Study, views: Sequence[View]) -> list[Inline]:
         if chosen is None:
             parts.append(f"{view.name}: rank not measured; ")
             continue
+        if chosen.value is None:
+            parts += [
+                f"{view.name}: no handle within the bounds: ",
+                view.number(chosen),
+                f" (n = {chosen.n:,}); ",
+            ]
+            continue
         verdict = handle.best(view)[1]
         parts += [f"{view.name} needs rank k = ", view.number(chosen)]
         parts.append(f" (n = {chosen.n:,}; against random subspaces: {verdict.words}); ")

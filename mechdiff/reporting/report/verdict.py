@@ -1,6 +1,7 @@
 """When a number may be called an effect.
 
-1. A claim needs an interval and at least one control, or a value that the quantity has where nothing differs.
+1. A claim needs some prompts, an interval, and at least one control or a value that the quantity has where
+   nothing differs.
 2. It is found where the interval lies wholly beyond every control, and beyond the control's own interval
    where that has one: of random draws, beyond their 95th percentile.
 3. Else no effect is found. What cannot be judged is said to be untested and is never called found.
@@ -19,6 +20,9 @@ from mechdiff.results import Record
 
 Side = Literal["above", "below", "either"]
 
+FEWEST = 6
+"""Prompts below which nothing is claimed: sign flips of 5 have no p below 0.05 on both sides."""
+LEVEL_P = 0.05
 WITHIN_RANDOM = "within_random"
 """Flag of a run that has compared an effect with random ones prompt by prompt, and found no more."""
 
@@ -65,6 +69,8 @@ def judge(
         return Verdict("untested", "not measured")
     if record.value is None:
         return Verdict("untested", f"not measurable: {words(record.reason)}")
+    if record.n < FEWEST:
+        return Verdict("untested", f"too few prompts (n = {record.n})")
     if WITHIN_RANDOM in record.flags:
         return Verdict("none", "random subspaces do as much on the same prompts")
     needed = {"above": (record.low,), "below": (record.high,), "either": (record.low, record.high)}[side]
@@ -82,6 +88,19 @@ def judge(
             return Verdict("none", _missed(record, name, low, high, side))
     names = ", ".join(dict.fromkeys(name for name, *_ in against))
     return Verdict("found", f"the interval lies beyond {names}")
+
+
+def judge_p(record: Record | None) -> Verdict:
+    """Say whether one of many numbers stands out, by its p over all: the largest always look large.
+
+    Args:
+        record: The family-wise p.
+    """
+    if record is None or record.value is None:
+        return Verdict("untested", "no p over all of them was measured")
+    if record.value <= LEVEL_P:
+        return Verdict("found", f"p = {record.value:.3f} over all of them")
+    return Verdict("none", f"as large a one arises where nothing differs, p = {record.value:.3f}")
 
 
 def words(name: object) -> str:

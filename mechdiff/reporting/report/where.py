@@ -32,6 +32,8 @@ BEHAVIOURS = {
     "bits_per_byte": "bits per byte",
     "toxicity": "toxicity",
 }
+MAIN = ("refusal_rate", "mc_acc", "exact_match")
+"""Behaviours that are printed; the others are on the page alone."""
 CONTROLS = ("other_prompt", "random", "wrong_layer")
 METHOD = (
     "Both models answer the same prompts and benchmarks. Linear CKA (debiased) compares their "
@@ -55,28 +57,33 @@ def section(views: Sequence[View]) -> Section:
 
 def _panel(view: View) -> Panel:
     panel = Panel(view.name)
-    behaviour = behaviours(view)
-    if behaviour:
+    parts = {
+        False: behaviours(view, MAIN),
+        True: behaviours(view, tuple(q for q in BEHAVIOURS if q not in MAIN)),
+    }
+    for detail, found in parts.items():
         rows: list[list[Cell]] = []
-        for label, base, tuned, difference in behaviour:
+        for label, base, tuned, difference in found:
             verdict = mark(judge(difference, null=0.0, side="either"))
             cells = [[view.number(r)] for r in (base, tuned, difference)]
             rows.append([[label], *cells, [verdict], [count(difference)]])
         head = ["behaviour", "base", "tuned", "tuned − base", "differs from 0", "n"]
-        caption = (
-            "What each model does, all tokens allowed. Control of a difference: 0, the pair against itself."
-        )
-        panel.blocks.append(Table(caption, head, rows))
+        said = "Graded behaviour and fluency" if detail else "What each model does"
+        caption = f"{said}, all tokens allowed. Control of a difference: 0, the pair against itself."
+        panel.blocks += [Table(caption, head, rows, detail)] if rows else []
     panel.blocks += _charts(view)
     panel.blocks += _layers(view)
     panel.blocks.append(takeaway(view))
     return panel
 
 
-def behaviours(view: View) -> list[tuple[str, Record | None, Record | None, Record | None]]:
-    """Return label, base, tuned and their difference of every behaviour, without masking."""
+def behaviours(
+    view: View, quantities: Sequence[str] = tuple(BEHAVIOURS)
+) -> list[tuple[str, Record | None, Record | None, Record | None]]:
+    """Return label, base, tuned and their difference of behaviours, without masking."""
     found: list[tuple[str, Record | None, Record | None, Record | None]] = []
-    for quantity, name in BEHAVIOURS.items():
+    for quantity in quantities:
+        name = BEHAVIOURS[quantity]
         cells: dict[str, dict[str, Record]] = {}
         for r in view.pair.select("rq1", quantity=quantity, control="none"):
             if not r.params.get("masking") and "contrast" not in r.params:
@@ -183,10 +190,14 @@ def _layers(view: View) -> list[Table | Text]:
     onsets = view.pair.select("rq1", quantity="patch_onset", model="pair", positions="last")
     if onsets:
         said = [
-            [f"{words(r.params.get('direction'))} from layer ", view.number(r), f" (n = {r.n:,})"]
+            [
+                f"{words(r.params.get('direction'))} {'layer ' if r.value is not None else ''}",
+                view.number(r),
+                f" (n = {r.n:,})",
+            ]
             for r in onsets
         ]
-        parts: list[Inline] = ["First layer with an effect above the floor: "]
+        parts: list[Inline] = ["First layer with an effect above the floor, by direction: "]
         for i, one in enumerate(said):
             parts += [*(["; "] if i else []), *one]
         blocks.append(Text([*parts, "."]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -59,6 +60,33 @@ def test_a_complaint_would_be_seen(browser: str, page: Path) -> None:
     assert "Content Security Policy" in "".join(
         line for line in done.stderr.splitlines() if "CONSOLE" in line
     )
+
+
+DRIVEN = """
+<script>
+const map = document.querySelector(".headmap");
+for (const key of ["ArrowRight", "ArrowRight", "ArrowDown"])
+  map.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+const knob = document.querySelector(".slider input");
+knob.value = "0";
+knob.dispatchEvent(new Event("input"));
+</script></body>"""
+
+
+def test_the_map_answers_to_arrow_keys_and_the_slider_to_its_knob(browser: str, page: Path) -> None:
+    driven = page.with_name("driven.html")
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+    driven.write_text(text.replace("</body>", DRIVEN), encoding="utf-8")
+    shown = look(browser, driven, "--dump-dom").stdout
+    said = re.search(r'<output aria-live="polite">([^<]*)</output>', shown)
+    assert said is not None
+    assert said[1].startswith("layer 1, head 1: "), "the first key lands on the first cell"
+    assert re.search(r"n = \d+$", said[1])
+    figure = shown[shown.index('class="slider"') - 40_000 : shown.index('class="slider"') + 600]
+    groups = dict(re.findall(r'class="c5( off)?" data-group="([\d.]+)"', figure))
+    assert 'aria-valuetext="0.1"' in figure
+    assert groups.pop("", None) == "0.1", "one curve is shown"
+    assert groups, "the others are not"
 
 
 def test_it_prints_on_two_to_four_pages(browser: str, page: Path) -> None:

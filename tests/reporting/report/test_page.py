@@ -173,6 +173,29 @@ def test_a_study_cut_in_half_names_what_is_missing(tmp_path: Path) -> None:
         assert "no rq4 run was given" in text
 
 
+def test_a_quick_study_says_so_on_every_page(tmp_path: Path) -> None:
+    study(tmp_path, questions=("rq2",))
+    html, md = write_report([tmp_path], tmp_path, figures=False)
+    assert "do not quote" not in html.read_text(encoding="utf-8")
+    names = {name: "" for name in ("cultural_smol", "cognitive_smol")}
+    (tmp_path / "study.json").write_text(json.dumps({"pairs": names, "quick": True}))
+    html, md = write_report([tmp_path], tmp_path, figures=False)
+    text = html.read_text(encoding="utf-8")
+    assert '<p class="everypage"' in text
+    assert "position: fixed" in text
+    for written in (text, md.read_text(encoding="utf-8")):
+        assert "Do not quote these numbers" in written
+        assert "This is a quick study" in written
+
+
+def test_a_pair_of_which_nothing_has_run_is_named(tmp_path: Path) -> None:
+    study(tmp_path, ("cultural_smol",), ("rq2",))
+    planned = {"pairs": {"cultural_smol": "", "cognitive_smol": ""}, "quick": False}
+    (tmp_path / "study.json").write_text(json.dumps(planned))
+    _, md = write_report([tmp_path], tmp_path, figures=False)
+    assert "rq2 of cognitive_smol" in md.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_each_question_makes_a_report_alone(question: str, tmp_path: Path, capsys) -> None:
     study(tmp_path, ("cultural_smol",), (question,))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mechdiff.reporting.report.verdict import judge
+from mechdiff.reporting.report.verdict import judge, judge_p
 from mechdiff.results import Record
 
 
@@ -74,9 +74,24 @@ def test_a_difference_is_judged_against_0(record: Record, side, kind: str) -> No
     assert judge(record, null=0.0, side=side).kind == kind
 
 
+def test_few_prompts_allow_no_claim() -> None:
+    few = replace(number(0.6, 0.5, 0.7), n=5)
+    assert judge(few, [number(0.1, control="random")]).why == "too few prompts (n = 5)"
+    assert judge(replace(few, n=6), [number(0.1, control="random")]).found
+
+
 def test_what_a_run_has_compared_prompt_by_prompt_counts() -> None:
     record = replace(number(0.6, 0.5, 0.7), flags=("within_random",))
     assert judge(record, [number(0.1, control="random")]).kind == "none"
+
+
+@pytest.mark.parametrize(
+    ("p", "kind"), [(0.001, "found"), (0.05, "found"), (0.051, "none"), (None, "untested")]
+)
+def test_the_largest_of_many_is_judged_over_all_of_them(p: float | None, kind: str) -> None:
+    reason = None if p is not None else "too_few_prompts"
+    assert judge_p(Record("rq4", "churn_p", p, 40, "p", reason=reason)).kind == kind
+    assert judge_p(None).kind == "untested"
 
 
 def test_the_words_of_a_verdict() -> None:

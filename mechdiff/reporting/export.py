@@ -1,0 +1,72 @@
+"""Write the records of runs as one tidy table, for other tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+
+from mechdiff.errors import ConfigError
+from mechdiff.reporting.report.runs import Study, read_study
+
+FORMATS = (".csv", ".parquet")
+COLUMNS: dict[str, pa.DataType] = {
+    "pair": pa.string(),
+    "question": pa.string(),
+    "quantity": pa.string(),
+    "site": pa.string(),
+    "positions": pa.string(),
+    "model": pa.string(),
+    "split": pa.string(),
+    "control": pa.string(),
+    "value": pa.float64(),
+    "low": pa.float64(),
+    "high": pa.float64(),
+    "n": pa.int64(),
+    "rows": pa.int64(),
+    "unit": pa.string(),
+    "reason": pa.string(),
+    "flags": pa.string(),
+    "params": pa.string(),
+    "file": pa.string(),
+}
+"""Columns of the table; ``params`` is JSON, and ``flags`` are separated by spaces."""
+
+
+def write_records(places: Sequence[str | Path], path: str | Path) -> Path:
+    """Write every record of some runs, one per row, as CSV or Parquet.
+
+    Args:
+        places: Tables of results, folders of runs, or the folder of a study.
+        path: File to write; its suffix says which format.
+
+    Raises:
+        ConfigError: If the format is not known, or a table cannot be read.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"{path} ends in {path.suffix!r}; allowed: {' or '.join(FORMATS)} (key: --records)")
+    table = pa.Table.from_pylist(list(_rows(read_study(places))), schema=pa.schema(list(COLUMNS.items())))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        csv.write_csv(table, path)
+    else:
+        pq.write_table(table, path)
+    return path
+
+
+def _rows(study: Study) -> Iterator[dict[str, Any]]:
+    held = [(p.name, str(run.path), run.results) for p in study.pairs for run in p.runs.values()]
+    if len(study.contrasts):
+        held.append((study.contrast_name, str(study.contrasts.provenance.get("file", "")), study.contrasts))
+    for pair, file, results in held:
+        for record in results:
+            params = json.dumps(record.params, sort_keys=True, ensure_ascii=False)
+            own = {"pair": pair, "file": file, "params": params, "flags": " ".join(record.flags)}
+            yield asdict(record) | own
