@@ -140,7 +140,7 @@ def test_configurations_are_layered(elsewhere: Path, capsys: pytest.CaptureFixtu
 def test_paths_in_a_pair_file_are_relative_to_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = printed_config(capsys, *config(), "--pair", place / "pair.yaml")["pair"]
     assert pair["base"]["id"] == str(place / "base")
-    assert pair["prompts"] == [str(place / "fit.jsonl"), str(place / "eval.jsonl")]
+    assert pair["prompts"] == [str(place / f"{name}.jsonl") for name in ("fit", "dev", "eval")]
     assert pair["openings"] == str(place / "openings.jsonl")
 
 

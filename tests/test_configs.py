@@ -44,8 +44,9 @@ def test_a_run_runs(name: str, pairs: dict[str, Path], elsewhere: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES[1:])
-def test_a_run_runs_on_every_architecture(arch: str, pairs: dict[str, Path]) -> None:
-    assert trial("clt_cultural", pairs[arch]) == 0
+@pytest.mark.parametrize("name", ["clt_cultural", "steering_cultural"])
+def test_a_run_runs_on_every_architecture(name: str, arch: str, pairs: dict[str, Path]) -> None:
+    assert trial(name, pairs[arch]) == 0
 
 
 @pytest.mark.parametrize("path", [p for p in SHIPPED if p.parent.name == "trainer"], ids=lambda p: p.stem)

@@ -74,13 +74,14 @@ class CausalLoss(Callback):
         if not hasattr(pl_module, "attach_scorer") or not isinstance(data, ActivationPairs):
             name = type(pl_module).__name__
             raise ConfigError(f"{name} takes no causal loss; allowed: SteeringSubspaceSGD (key: model)")
-        if set(pl_module.positions) != {"last"}:
-            got = f"positions are {', '.join(pl_module.positions)} with a causal loss"
+        module: Any = pl_module  # which callbacks must not import
+        if set(module.positions) != {"last"}:
+            got = f"positions are {', '.join(module.positions)} with a causal loss"
             raise ConfigError(f"{got}; allowed: last (key: model.positions)")
         assert self._pair is not None, "connect() comes before a fit"
         with torch.no_grad():
-            known = self._read(self._pair(), data, [Site.parse(site) for site in pl_module.sites])
-        pl_module.attach_scorer(_scorer(known, data, float(pl_module.penalty)))
+            known = self._read(self._pair(), data, [Site.parse(site) for site in module.sites])
+        module.attach_scorer(_scorer(known, data, float(module.penalty)))
 
     def _read(self, pair: LoadedPair, data: ActivationPairs, sites: Sequence[Site]) -> _Known:
         by_id = {p.id: p for p in self._prompts}

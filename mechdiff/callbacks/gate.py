@@ -32,7 +32,7 @@ from mechdiff.data.contrast import Contrast, contrast
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
 from mechdiff.functional.metrics import kl_divergence
-from mechdiff.functional.probes import Probe, fit_probe, keeping
+from mechdiff.functional.probes import Probe, best_probe, keeping
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import generator
 from mechdiff.interventions.generation import generate, stop_tokens
@@ -123,7 +123,7 @@ class Gate(HandleEvaluation):
         draws = generator(self.seed, "gate")
         mixed = rows.target[torch.randperm(len(rows.target), generator=draws)]
         return {
-            name: fit_probe(rows.base[labels], rows.base[~labels], self.shrinkage)
+            name: best_probe(rows.base[labels], rows.base[~labels], self.shrinkage)
             for name, labels in (("linear", rows.target), ("shuffled", mixed))
         }
 

@@ -21,9 +21,9 @@ from mechdiff.callbacks.states import read_ends
 from mechdiff.config import LAYER_STRIDE
 from mechdiff.data.contrast import contrast
 from mechdiff.data.prompts import Prompt
-from mechdiff.errors import ConfigError, FitError
+from mechdiff.errors import ConfigError
 from mechdiff.functional.handles import auroc
-from mechdiff.functional.probes import auroc_interval, fit_probe
+from mechdiff.functional.probes import auroc_interval, best_probe
 from mechdiff.functional.stats import generator
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine
@@ -87,7 +87,7 @@ class Monitor(CausalEvaluation):
     def _site(self, site: str, model: str, states: Tensor, prompts: Sequence[Prompt]) -> Iterator[Record]:
         target = torch.tensor([p.label == "target" for p in prompts])
         dev = torch.tensor([p.split == "dev" for p in prompts])
-        own = fit_probe(states[dev & target], states[dev & ~target], self.shrinkage)(states)
+        own = best_probe(states[dev & target], states[dev & ~target], self.shrinkage)(states)
         about: dict[str, Any] = {
             "question": "rq3",
             "site": site,
@@ -130,12 +130,7 @@ class Monitor(CausalEvaluation):
             for rows in map(torch.tensor, langs):
                 if len(rows):
                     labels[rows] = target[rows[torch.randperm(len(rows), generator=draws)]]
-            try:
-                probe = fit_probe(states[dev & labels], states[dev & ~labels], self.shrinkage)
-            except FitError:  # the two halves have one mean: no direction at all
-                found.append(torch.zeros(len(states), dtype=torch.float64))
-            else:
-                found.append(probe(states))
+            found.append(best_probe(states[dev & labels], states[dev & ~labels], self.shrinkage)(states))
         return found
 
 

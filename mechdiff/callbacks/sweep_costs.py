@@ -35,6 +35,7 @@ from mechdiff.callbacks.side_effects import (
 )
 from mechdiff.callbacks.states import read_last
 from mechdiff.data.prompts import Prompt
+from mechdiff.errors import PromptError
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import bootstrap_ratio, generator
 from mechdiff.interventions.generation import stop_tokens
@@ -138,6 +139,10 @@ class Neutral:
             self.kept.append(index)
             self.reads.append(read)
             self.before.append(turned(self._text(read.answer.tolist()), self.domain))
+        if not self.reads:
+            raise PromptError(
+                f"{self.mine.loaded.role} answers no neutral prompt; allowed: one or more (key: pair.prompts)"
+            )
         self.plain = torch.full((len(self.reads),), torch.nan, dtype=torch.float64)
 
     def _known(self, ids: Sequence[int]) -> list[int]:

@@ -108,7 +108,8 @@ class Targets:
             most: Prompts from the first on; None takes all.
         """
         mine, other = self.sides(where)
-        nats, size, gap, noise, norms = [], [], [], [], []
+        nats, size, gap, norms = [], [], [], []
+        noise: list[Tensor] = []
         for index in range(len(self.prompts))[:most]:
             own = mine.states[index][site]
             rows = torch.cat([own, edited(index).to(own)])

@@ -169,7 +169,8 @@ class _Run:
         self.graded = set(spread(graded, settings.graded_prompts))
         self.engines = {m.role: SuffixEngine(m.model) for m in (pair.base, pair.tuned)}
         self.said = self._answers(pair.base, None, settings.answer_tokens)
-        kept = [i for i, ids in enumerate(self.said) if self._text(pair.base, ids)]
+        same = pair.shared.identical  # else a text is read again, which must not be blank
+        kept = [i for i, ids in enumerate(self.said) if ids and (same or self._text(pair.base, ids))]
         if not kept:
             raise PromptError(
                 "base answers no neutral prompt of split eval; allowed: one or more (key: pair.prompts)"

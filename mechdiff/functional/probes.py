@@ -77,6 +77,25 @@ def fit_probe(positive: Tensor, negative: Tensor, shrinkage: float = 0.1) -> Pro
     return Probe(direction, float((a.mean(0) + b.mean(0)) @ direction / 2))
 
 
+def best_probe(positive: Tensor, negative: Tensor, shrinkage: float = 0.1) -> Probe:
+    """Fit the linear discriminant of two classes; where nothing tells them apart every state scores 0.
+
+    Args:
+        positive: `(rows, d)`, at least one.
+        negative: `(rows, d)`, at least one.
+        shrinkage: As in `fit_probe`.
+
+    >>> best_probe(torch.ones(2, 3), torch.ones(2, 3))(torch.ones(1, 3)).tolist()
+    [0.0]
+    """
+    try:
+        return fit_probe(positive, negative, shrinkage)
+    except FitError:
+        if not (len(positive) and len(negative) and 0 < shrinkage <= 1):
+            raise
+        return Probe(torch.zeros(positive.shape[1], dtype=torch.float64, device=positive.device), 0.0)
+
+
 def auroc_interval(
     scores: Tensor,
     labels: Tensor,

@@ -63,7 +63,8 @@ def plot_effect_vs_k(results: Results, out: str | Path | None = None) -> Figure:
     recoveries = tested["interchange_recovery"]
     if not recoveries:
         raise ConfigError("nothing to draw: no handle was tested; give the results.json of an rq3 run")
-    metric = min((str(r.params.get("metric")) for r in tested["steer_effect"]), default="behaviour")
+    read = [str(r.params.get("metric")) for r in tested["steer_effect"]]
+    metric = min((name for name in read if name in _METRICS), default="behaviour")
     tested["steer_effect"] = [r for r in tested["steer_effect"] if str(r.params.get("metric")) == metric]
     ks = sorted({int(r.params["k"]) for r in recoveries})
     random = results.select(quantity="interchange_recovery", control="random", site=site, split="eval")

@@ -141,7 +141,7 @@ def handle_table(results: Results) -> Table:
     here = results.select(question="rq3", site=site, split="eval", control="none")
     cells: dict[tuple[str, int], dict[str, Record]] = {}
     for r in here:
-        key = (str(r.params.get("edit")), r.params.get("k"))
+        key = (str(r.params.get("edit")), int(r.params.get("k") or 0))
         if r.params.get("alpha", 0) is None or "alpha" in r.params:
             metric = str(r.params.get("metric", "recovery"))
             name = "recovery" if r.quantity in _RECOVERY and metric == "recovery" else r.quantity
@@ -164,9 +164,9 @@ def handle_table(results: Results) -> Table:
             lines.append(f"random subspaces ({said}): 95 % recover {_signed(r.high, '.2f')} or less")
     for quantity in ("minimal_k_10", "minimal_k_20", "minimal_k_90"):
         for r in results.select(question="rq3", quantity=quantity, site=site):
-            found = str(r.reason).replace("_", " ") if r.value is None else f"{r.value:g}"
+            small = str(r.reason).replace("_", " ") if r.value is None else f"{r.value:g}"
             lines.append(
-                f"{quantity.replace('_', ' ')} ({r.params.get('edit') or r.params.get('solver')}): {found}"
+                f"{quantity.replace('_', ' ')} ({r.params.get('edit') or r.params.get('solver')}): {small}"
             )
     if flags := sorted({flag for r in here for flag in r.flags if r.quantity in _RECOVERY}):
         lines.append(f"† {', '.join(flags).replace('_', ' ')}")

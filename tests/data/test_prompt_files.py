@@ -12,7 +12,7 @@ import pytest
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from mechdiff.data.prompts import Prompt, load_prompts
+from mechdiff.data.prompts import Prompt, for_domain, load_prompts
 
 DATA = Path(__file__).parents[2] / "data"
 FILES = {
@@ -34,6 +34,8 @@ FILES = {
     },
 }
 GENERATED = runpy.run_path(str(DATA / "make_prompts.py"))["render"]()
+MATHS = "prompts_maths"
+GENERATED[f"{MATHS}.jsonl"] = runpy.run_path(str(DATA / "make_maths.py"))["render"]()
 
 
 def read(*names: str) -> list[Prompt]:
@@ -142,6 +144,33 @@ def test_fit_prompts_give_enough_aligned_positions():
 @pytest.mark.parametrize("name", sorted(GENERATED))
 def test_generator_reproduces_the_committed_file(name):
     assert (DATA / name).read_bytes() == GENERATED[name].encode()
+
+
+def test_problems_share_no_wording_and_no_numbers_between_splits():
+    problems = read(MATHS)
+    assert Counter(p.split for p in problems) == {"fit": 160, "dev": 40, "eval": 60}
+    assert len({p.text for p in problems}) == len(problems)
+    for field in ("topic", "template"):
+        where = {(getattr(p, field), p.split) for p in problems}
+        assert len({name for name, _ in where}) == len(where)
+    for p in problems:
+        operation, a, b = p.topic.split()
+        a, b = int(a), int(b)
+        result = {"add": a + b, "subtract": a - b, "multiply": a * b, "divide": b}[operation]
+        assert p.answer == str(result)
+        assert str(a) in p.text
+        assert str(a * b if operation == "divide" else b) in p.text
+        assert ((7 * a + 13 * b) % 8 == 0) == (p.split == "eval")
+
+
+def test_for_a_sibling_that_solves_problems_all_else_is_neutral():
+    prompts = for_domain(read(*FILES, MATHS), "cognitive")
+    assert {p.answer is not None for p in prompts if p.label == "target"} == {True}
+    assert {p.answer is not None for p in prompts if p.label == "neutral"} == {False}
+    for split in ("dev", "eval"):
+        assert sum(p.split == split and p.label == "neutral" for p in prompts) >= 120
+    plain = read(*FILES)
+    assert for_domain(plain, "cognitive") == for_domain(plain, "cultural") == plain
 
 
 def test_openings_are_matched_in_number_and_length():

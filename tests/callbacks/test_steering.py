@@ -1,0 +1,335 @@
+"""The sweep finds a planted rank, claims nothing where nothing differs, and its shortcuts are exact."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mechdiff.callbacks import Steering
+from mechdiff.callbacks.edited_answers import answer_edited, continued
+from mechdiff.callbacks.handle_evaluation import Handle, two_engines
+from mechdiff.callbacks.side_effects import answer_nats
+from mechdiff.callbacks.sweep_behaviour import translations
+from mechdiff.callbacks.sweep_costs import Cost, Neutral, neutral_sides
+from mechdiff.callbacks.sweep_effects import Targets
+from mechdiff.errors import ConfigError, PromptError
+from mechdiff.functional.handles import principal_angles
+from mechdiff.functional.metrics import kl_divergence
+from mechdiff.interventions.generation import generate
+from mechdiff.interventions.hooks import intervene, record
+from mechdiff.interventions.lockstep import Rows, decode, padded_together
+from mechdiff.interventions.sites import Site
+from mechdiff.interventions.suffix import SuffixEngine, run_logits
+from mechdiff.pairs.organisms import plant_policy
+from tests.callbacks.handles import ALL, SITES, measure, pair_of, policy, stored, subspaces
+from tests.models import tiny_model, tokens
+from tests.toys import loaded, prompts
+
+SITE = Site.parse(SITES[0])
+SIZES = {
+    "ks": (1, 2),
+    "min_neutral": 60,
+    "answer_tokens": 4,
+    "generated_tokens": 4,
+    "generated_prompts": 4,
+    "graded_prompts": 2,
+    "draws": 100,
+    "random_dev": 2,
+    "random_eval": 4,
+}
+
+
+def items(families=8):
+    """Return the fitted targets and many neutral prompts in dev and eval."""
+    neutral = [p for p in prompts(families) if p.label == "neutral"]
+    targets = [p for p in ALL if p.label == "target"]
+    return [
+        replace(p, id=f"{split}-{p.id}", split=split) for split in ("dev", "eval") for p in targets + neutral
+    ]
+
+
+@pytest.fixture(scope="module")
+def planted():
+    base, tuned, directions = policy()
+    return base, tuned, subspaces(base, tuned), directions
+
+
+@pytest.fixture(scope="module")
+def found(planted, tmp_path_factory):
+    base, tuned, module, _ = planted
+    callback = Steering(**SIZES)
+    callback.data = stored(base, tuned)
+    pair = pair_of(base, tuned, tmp_path_factory.mktemp("openings"))
+    return callback, measure(callback, module, pair, items())
+
+
+def neutrals(planted, direction="into_base", most=4, count=12):
+    base, tuned, module, _ = planted
+    pair = pair_of(base, tuned)
+    texts = [p for p in items() if p.split == "dev" and p.label == "neutral"][:count]
+    sides = neutral_sides(pair, two_engines(pair), texts)
+    mine, other = sides if direction == "into_base" else sides[::-1]
+    ids = translations(pair)[direction]
+    return Neutral(module, mine, other, [SITE, Site(2)], "cultural", ids, most, 17)
+
+
+# --- what is found -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_the_rank_of_a_planted_difference_is_found(rank):
+    base = loaded()
+    targets = [p for p in ALL if p.label == "target"]
+    groups = {1: lambda p: "", 2: lambda p: p.lang, 4: lambda p: p.id.rsplit("-", 1)[0]}[rank]
+    topics = [[p.text for p in targets if groups(p) == name] for name in sorted(set(map(groups, targets)))]
+    tuned, truth = plant_policy(base, SITE.layer, topics, 0.3, [p.text for p in ALL if p.label == "neutral"])
+    module = subspaces(base, tuned, k=6)
+    angles = principal_angles(module.basis(SITE, k=rank), truth.directions)
+    assert angles.max() < 5
+    few = {"ks": (1, 2, 3, 4, 6), "edits": ("interchange",), "draws": 0, "min_neutral": 8, "tested_sites": 2}
+    callback = Steering(**SIZES | few)
+    callback.data = stored(base, tuned)
+    results = measure(callback, module, pair_of(base, tuned), items(1))
+    small = {r.params["solver"]: r for r in results.select(quantity="minimal_k_90", site=SITES[0])}
+    assert small["paired_svd"].value == rank
+    assert set(small) == {"paired_svd", "diff_mean_svd"}  # the other estimator stands beside it
+
+
+def test_what_is_tested_beats_its_controls_within_its_bounds(found):
+    _, results = found
+    assert len({r.key for r in results}) == len(results)
+    whole = {
+        k: results.select(
+            quantity="interchange_recovery", split="eval", control="none", edit="interchange", k=k
+        )[0]
+        for k in (1, 2)
+    }
+    assert whole[2].value > 0.8
+    assert whole[2].value > whole[1].value
+    assert "within_random" not in whole[2].flags
+    for drawn in ("isotropic", "covariance"):
+        (r,) = results.select(control="random", k=2, draw=drawn)
+        assert r.params["draws"] == 100
+        assert r.low <= r.value <= r.high < whole[2].value
+    (same,) = results.select(control="base_vs_base", k=2)
+    assert abs(same.value) < 1e-3
+    (opposite,) = results.select(control="label_swap", edit="add")
+    assert opposite.value < 0
+    assert {r.control for r in results} >= {"other_prompt", "wrong_layer", "label_swap"}
+    for edit in ("interchange", "mapped"):
+        for quantity in ("side_effect_bpb", "side_effect_pp"):
+            (cost,) = results.select(quantity=quantity, split="eval", edit=edit, k=2)
+            assert cost.high is not None
+        (away,) = results.select(quantity="wrong_way", edit=edit, k=2)
+        assert 0 <= away.value <= 0.2
+    (tenth,), (fifth,) = (
+        results.select(quantity=q, edit="interchange") for q in ("minimal_k_10", "minimal_k_20")
+    )
+    assert 1 <= tenth.value <= fifth.value <= 2
+    (chosen,) = results.select(quantity="chosen_handle", edit="interchange")
+    assert chosen.value in (1, 2)
+    assert chosen.params["alpha"] in (0.1, 0.25, 0.5, 1.0, 2.0, 3.0)
+
+
+def test_every_cell_says_how_long_its_edit_is(found):
+    _, results = found
+    cells = results.select(quantity="edit_norm", site=SITES[0], edit="interchange", k=2)
+    lengths = {r.params["alpha"]: r.value for r in cells}
+    assert lengths[2.0] == pytest.approx(2 * lengths[1.0], rel=1e-4)
+    sweep = [
+        r for r in results if r.quantity in ("interchange_recovery", "ablate_effect") and r.split == "dev"
+    ]
+    assert len(sweep) == len(results.select(quantity="edit_norm"))
+
+
+def test_behaviour_is_read_in_both_ways(found):
+    callback, results = found
+    metrics = {r.params["metric"] for r in results.select(quantity="steer_effect")}
+    assert metrics == {"refusal_logodds", "generated"}
+    names = {(i.prompt, i.quantity, i.site, i.direction, i.arm) for i in callback.items}
+    assert len(names) == len(callback.items)
+
+
+def test_models_without_a_difference_have_no_handle():
+    base = loaded()
+    callback = Steering(**SIZES)
+    callback.data = stored(base, base)
+    results = measure(callback, subspaces(base, base), pair_of(base, base), items())
+    effects = [r for r in results if r.quantity != "edit_norm"]
+    assert {(r.value, r.reason) for r in effects} == {(None, "gap_too_small")}
+    assert {r.quantity for r in effects} >= {"minimal_k_10", "minimal_k_20", "minimal_k_90", "chosen_handle"}
+
+
+# --- the shortcuts are exact -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "where"), [("interchange", "into_base"), ("ablate", "into_tuned")])
+def test_a_sweep_is_whole_runs(planted, kind, where):
+    base, tuned, module, _ = planted
+    pair = pair_of(base, tuned)
+    targets = Targets(pair, two_engines(pair), [p for p in items() if p.label == "target"][:3], [SITE])
+    cell = Handle(SITE, kind, 2, 1.0)
+    arms = targets.sweep(module, SITE, [cell])
+    mine, other = targets.sides(where)
+    for index in range(3):
+        own, donor = targets.states(index, SITE, where)
+        new = cell.change(module, own, donor)
+
+        def put(h, _positions, new=new):
+            return torch.cat([h[:, :-1], new[None]], 1)
+
+        with intervene(mine.loaded.model, {SITE: put}):
+            log_q = mine.restricted(run_logits(mine.loaded.model, mine.ids(index)))[0]
+        assert float(arms.nats[index, 0]) == pytest.approx(
+            float(kl_divergence(other.log_p[index], log_q)), abs=1e-5
+        )
+        assert float(arms.size[index, 0]) == pytest.approx(float((new - own).norm()), rel=1e-4)
+    assert 0 <= arms.noise < 1e-5
+
+
+def test_costs_are_those_of_whole_runs(planted):
+    neutral = neutrals(planted)
+    cells = [Handle(SITE, "mapped", 2, 1.0), Handle(SITE, "add", 1, 3.0, "diff_mean")]
+    nats, _ = neutral.score(cells, range(len(neutral.reads)))
+    contexts = [neutral.mine.encoded[i].input_ids for i in neutral.kept]
+    answers = [read.answer.tolist() for read in neutral.reads]
+    assert answers == [
+        a
+        for a in generate(planted[0].model, [e.input_ids for e in neutral.mine.encoded], 4, neutral.stops)
+        if a
+    ]
+    assert torch.allclose(neutral.plain, answer_nats(planted[0].model, contexts, answers), atol=1e-4)
+    for i, cell in enumerate(cells):
+        whole = answer_nats(
+            planted[0].model, contexts, answers, lambda _, where, c=cell: c.edits(planted[2], where)
+        )
+        assert torch.allclose(nats[:, i], whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("direction", ["into_base", "into_tuned"])
+def test_an_answer_that_stays_is_not_decoded_and_one_that_goes_is(planted, direction):
+    neutral = neutrals(planted, direction)
+    kinds = ("mapped", "interchange", "amplify") if direction == "into_base" else ("ablate", "reverse")
+    cells = [Handle(SITE, kind, 2, 1.0) for kind in kinds]
+    _, stay = neutral.score(cells, range(len(neutral.reads)))
+    for i, cell in enumerate(cells):
+        said = answered(neutral, neutral.kept, [cell] * len(neutral.kept))
+        for row, (read, ids) in enumerate(zip(neutral.reads, said, strict=True)):
+            length = int(stay[row, i])
+            assert (length == len(read.tokens)) == (ids == read.answer.tolist())
+            assert ids[: min(length, len(ids))] == read.answer[:length].tolist()[: len(ids)]
+
+
+def test_an_interchange_while_answering_is_that_of_whole_runs_of_both_models(planted):
+    base, tuned, module, _ = planted
+    neutral = neutrals(planted)
+    cell = Handle(SITE, "interchange", 2, 3.0)
+    said = answered(neutral, [0, 3, 5, 3], [cell] * 4)
+    assert said[1] == said[3]
+    for index, ids in zip([0, 3, 5], said, strict=False):
+        read = list(neutral.mine.encoded[index].input_ids)
+        start = len(read) - 1
+        for _ in range(neutral.most):
+            whole = torch.tensor([read])
+            with record(tuned.model, [SITE]) as donor:
+                run_logits(tuned.model, whole)
+
+            def put(h, _positions, donor=donor, start=start):
+                changed = cell.change(module, h[:, start:], donor[SITE][:, start:])
+                return torch.cat([h[:, :start], changed], 1)
+
+            with intervene(base.model, {SITE: put}):
+                read.append(int(run_logits(base.model, whole).argmax()))
+        assert ids == read[start + 1 :]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen2", "gpt2"])
+def test_rows_decoded_together_are_rows_decoded_alone(arch):
+    model = tiny_model(arch)
+    engine = SuffixEngine(model)
+    texts = [tokens(1, length, seed=length)[0].tolist() for length in (5, 9, 7)]
+    prefixes = [engine.prefill(torch.tensor([ids[:-1]])) for ids in texts]
+    assert padded_together(prefixes) == (arch not in ("gemma2", "qwen2"))
+    rows = range(3) if padded_together(prefixes) else [1, 1]
+    said = decode(Rows(model, [prefixes[i] for i in rows], [texts[i][-1] for i in rows]), 6)
+    assert said.answers == generate(model, [texts[i] for i in rows], 6)
+
+
+def answered(neutral, indices, cells):
+    sides = neutral.mine, neutral.other
+    return answer_edited(
+        neutral.module, *sides, indices, cells, neutral.translate, neutral.most, neutral.stops
+    )
+
+
+# --- the choice --------------------------------------------------------------------------------------------
+
+
+class Priced(Neutral):
+    """Edits cost what alpha says: fluency above 1 fails, and above 0.4 every prompt turns."""
+
+    def __post_init__(self):
+        self.reads, self.before = [None] * 60, [False] * 60
+        self.plain = torch.ones(60).double()
+        self.asked = []
+
+    def score(self, cells, rows):
+        cost = torch.tensor([1.0 + (c.alpha > 1) for c in cells]).double()
+        self.asked += [(c.alpha, len(rows)) for c in cells]
+        return cost.expand(len(rows), -1), torch.ones(len(rows), len(cells))
+
+    def turns(self, cells, stay):
+        return [[c.alpha > 0.4] * 60 for c in cells]
+
+
+def test_the_largest_effect_that_costs_little_is_chosen():
+    priced = Priced(None, None, None, [], "cultural", None, 4, 17)
+    alphas = {"a": (2.0, 3.0, 0.5, 0.25), "b": (0.1,), "c": (3.0, 2.0), "d": (0.3, 0.5)}
+    queues = {
+        key: [Handle(SITE, "mapped", i + 1, x) for x in xs] for i, (key, xs) in enumerate(alphas.items())
+    }
+    chosen, tried = priced.choose(queues)
+    assert {key: cell.alpha for key, cell in chosen.items()} == {"a": 0.25, "b": 0.1, "d": 0.3}
+    assert isinstance(next(iter(tried.values())), Cost)
+    assert (2.0, 28) not in priced.asked  # hopeless after the first prompts
+    assert 3.0 not in {cell.alpha for cell in tried if cell.k == 1}  # larger than one that fails
+    assert tried[chosen["b"]].turned == [False] * 60
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ks": (0, 1)}, r"ks is \[0, 1\]; allowed: whole numbers of 1 or more"),
+        ({"alphas": (0.0,)}, r"alphas is \[0.0\]; allowed: finite numbers above 0"),
+        ({"edits": ("mapped",)}, "edits lacks interchange"),
+        ({"edits": ("turn",)}, "edits has 'turn'; allowed: interchange"),
+        ({"answer_tokens": 0}, "answer_tokens is 0; allowed: 1 or more"),
+        ({"post_embedding_only": False}, r"post_embedding_only is false; allowed: true"),
+    ],
+)
+def test_bad_settings_name_their_key(options, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        Steering(**options)
+    assert f"(key: {next(iter(options))})" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_that_do_not_allow_a_claim_are_refused(planted):
+    base, tuned, module, _ = planted
+    with pytest.raises(PromptError, match=r"split dev has 64 neutral prompts.*120 or more \(59 bound 5%"):
+        measure(Steering(), module, pair_of(base, tuned), items())
+    targets = [p for p in items() if p.label == "neutral"]
+    with pytest.raises(PromptError, match="label 'target'"):
+        measure(Steering(**SIZES), module, pair_of(base, tuned), targets)
+    with pytest.raises(ConfigError, match=r"ks is \[3\]; allowed: 1 to 2"):
+        measure(Steering(**SIZES | {"ks": (3,)}), module, pair_of(base, tuned), items())
+
+
+def test_rows_start_where_the_prompt_ends(planted):
+    neutral = neutrals(planted, count=2)
+    assert continued(neutral.mine, [1, 0]).last[:, 0].tolist() == [
+        e.input_ids[-1] for e in neutral.mine.encoded[::-1]
+    ]
