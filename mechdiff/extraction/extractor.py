@@ -14,24 +14,23 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
-from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from mechdiff.data import prompts as prompt_files
 from mechdiff.data.manifest import MANIFEST, Contents, Example, StoreIdentity, passes
 from mechdiff.data.prompts import Prompt
 from mechdiff.data.store import DTYPES, ActivationStore
-from mechdiff.errors import ActivationError, ConfigError, StoreError, UsageError
+from mechdiff.errors import ActivationError, ConfigError, UsageError
+from mechdiff.extraction.lock import alone, first
 from mechdiff.extraction.plan import KEPT, Batch, Plan, PlannedBatches, PlannedShard, deal, encode_prompts
 from mechdiff.extraction.transfer import HostCopies
 from mechdiff.extraction.writer import ActivationWriter, Prediction
@@ -244,8 +243,8 @@ def ensure_store(
     contents = Contents(identity, examples, prefix, suffix)
     described = (folder / MANIFEST).exists() and Contents.read(folder) == contents
     if not described or _todo(folder, identity.key, wanted):
-        with _alone(folder):
-            if _first():  # a new topic or label of an old text is no reason to extract again
+        with alone(folder):
+            if first():  # a new topic or label of an old text is no reason to extract again
                 contents.write(folder)
             for part in _todo(folder, identity.key, wanted):
                 run = trainer_kwargs or {}
@@ -333,29 +332,3 @@ def _extract(
             log.info(extractor.report())
         writer.finish()
     trainer.strategy.barrier("manifest")
-
-
-def _first() -> bool:
-    """Tell whether this is the first process; known from the environment, before a trainer exists."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other runs away from a store while this one writes."""
-    if not _first():
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=-1)
-        # Processes that were started together must all see the same store: waiting would let it change.
-        lock.acquire(timeout=0 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else -1)
-    except Timeout as error:
-        raise StoreError(f"another run is writing {folder}; wait for it (key: extraction.root)") from error
-    except OSError as error:
-        raise StoreError(f"cannot write to {folder}: {error.strerror} (key: extraction.root)") from error
-    try:
-        yield
-    finally:
-        lock.release()
