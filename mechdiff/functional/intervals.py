@@ -2,8 +2,8 @@
 
 1. Prompts are resampled whole, so that columns keep their dependence; a statistic is a function of the means
    of the columns.
-2. `bca`, the default below `BCA_BELOW` prompts: percentiles corrected for bias and for the skewness of the
-   estimate (acceleration from the delete-one values). `percentile` otherwise.
+2. `bca`, the default from `BCA_FROM` to `BCA_BELOW` prompts: percentiles corrected for bias and for the
+   skewness of the estimate (acceleration from the delete-one values). `percentile` otherwise.
 3. `centred`: the spread of the resamples around their own mean is put around the estimate. It is meant for
    what noise shifts, such as the number of heads above a threshold or the overlap of two rankings: a resample
    carries the noise of the prompts twice, and its percentiles may exclude the estimate itself. The target is
@@ -35,6 +35,9 @@ from mechdiff.functional.stats import Interval, resample, row_order
 
 BCA_BELOW = 50
 """Number of prompts below which percentiles are corrected."""
+
+BCA_FROM = 5
+"""Number of prompts from which they are: with fewer, both ends can move past the estimate."""
 
 Statistic = Callable[[Tensor], Tensor]
 """Turns means of columns `(samples, columns)` into numbers `(samples, statistics)`."""
@@ -107,7 +110,7 @@ def bootstrap_means(
         generator: Source of the resamples.
         draws: Number of resamples.
         level: Coverage.
-        method: By default `bca` below `BCA_BELOW` prompts, else `percentile`.
+        method: By default `bca` from `BCA_FROM` to below `BCA_BELOW` prompts, else `percentile`.
         bounds: Least and greatest possible value, for `centred` and `hull`.
         expand: Expand the tails for few prompts.
 
@@ -127,7 +130,7 @@ def bootstrap_means(
     around = _around(value, drawn, n, tails, bounds)
     if method == "centred":
         return around
-    if method == "bca" or (method is None and n < BCA_BELOW):
+    if method == "bca" or (method is None and BCA_FROM <= n < BCA_BELOW):
         tails = _corrected(tails, value, drawn, apply((total - table) / (n - 1)))
     low, high = _ends(drawn, tails)
     if method == "hull":

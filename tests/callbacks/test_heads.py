@@ -268,3 +268,10 @@ def test_the_tokens_of_the_difference() -> None:
 def test_settings_out_of_range_are_refused(options: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Heads(**options)
+
+
+def test_every_interval_holds_its_estimate() -> None:
+    for r in planted():
+        if r.low is not None and r.value is not None and r.control == "none":
+            assert r.low <= r.value + 1e-12, r
+            assert r.high >= r.value - 1e-12, r
