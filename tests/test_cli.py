@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import mechdiff
+from mechdiff.__main__ import VERBS
 from mechdiff.__main__ import main as command
 from mechdiff.cli import MechdiffCLI
 from mechdiff.results import Results
@@ -319,7 +320,7 @@ def test_the_command_itself_loads_no_library(args: list[str]) -> None:
     if args == ["--version"]:
         assert done.stdout == f"mechdiff {mechdiff.__version__}\n"
     elif args == ["nothing"]:
-        assert done.stderr == "mechdiff: unknown command 'nothing'; allowed: extract, study, report, doctor\n"
+        assert done.stderr == f"mechdiff: unknown command 'nothing'; allowed: {', '.join(VERBS)}\n"
     else:
         assert "extract" in done.stdout
 
