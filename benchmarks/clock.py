@@ -81,7 +81,10 @@ def disk_rate(folder: Path, size: int = COPY) -> float:
 
 
 class Clock(L.Callback):
-    """Counts the tokens that a prediction runs, and the seconds, from its `skip`-th batch to its very end."""
+    """Counts the rows that a prediction keeps, and the seconds, from its `skip`-th batch to its very end.
+
+    With all positions kept they are the tokens that are run: neither counts what all texts begin with.
+    """
 
     def __init__(self, skip: int = 2) -> None:
         self.skip, self.tokens, self.seconds, self.peak_gib = skip, 0, 0.0, 0.0
@@ -97,7 +100,7 @@ class Clock(L.Callback):
                 torch.cuda.reset_peak_memory_stats()
             self._begun = time.perf_counter()
         if batch_idx >= self.skip:
-            self.tokens += int(batch.attention_mask.sum())
+            self.tokens += len(batch.where)
 
     def on_predict_end(self, trainer: L.Trainer, module: Any) -> None:
         """End when the rows are where the writer, which comes before, has put them."""

@@ -25,7 +25,8 @@ import xxhash
 from mechdiff.errors import StoreError
 from mechdiff.interventions.sites import Site
 
-SCHEMA = 1
+SCHEMA = 2
+"""Counts changes of the layout, and of how activations are computed where that moves last digits."""
 MANIFEST = "manifest.json"
 _SHARD = re.compile(r"shard-\d{5}\.h5")
 

@@ -31,7 +31,6 @@ class Batch(NamedTuple):
 
     Attributes:
         input_ids: `(batch, tokens)`, padded on the right.
-        attention_mask: `(batch, tokens)`.
         where: Text in the batch and token in the text of each wanted row, `(rows, 2)`.
         rows: What the store keeps of each row.
         shard: The shard that they go to.
@@ -39,7 +38,6 @@ class Batch(NamedTuple):
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
     where: Tensor
     rows: Rows
     shard: int
@@ -54,8 +52,8 @@ class PlannedShard:
         index: Its place in the plan.
         batches: Indices of the prompts of each batch.
         rows: Rows that they give.
-        tokens: Tokens of the prompts.
-        padded: Tokens that are run, padding included.
+        tokens: Tokens of the prompts after what all of them begin with.
+        padded: The same with padding: what is run.
     """
 
     index: int
@@ -109,17 +107,17 @@ class Plan:
         """Build one batch of a shard."""
         start = sum(len(self.kept[example]) for batch in shard.batches[:number] for example in batch)
         examples = shard.batches[number]
-        input_ids, attention_mask = collate([self.encoded[e] for e in examples], pad_id)
+        input_ids, _ = collate([self.encoded[e] for e in examples], pad_id)
         where = [(i, token) for i, example in enumerate(examples) for token in self.kept[example]]
         rows = [
             (examples[i], self.encoded[examples[i]].regions[t], self.encoded[examples[i]].offsets[t], t)
             for i, t in where
         ]
         columns = Rows(*torch.tensor(rows).unbind(-1))
-        return Batch(input_ids, attention_mask, torch.tensor(where), columns, shard.index, start)
+        return Batch(input_ids, torch.tensor(where), columns, shard.index, start)
 
     def _shard(self, index: int, group: Sequence[Sequence[int]]) -> PlannedShard:
-        lengths = [[len(self.encoded[example]) for example in batch] for batch in group]
+        lengths = [[len(self.encoded[example]) - self.fixed for example in batch] for batch in group]
         return PlannedShard(
             index,
             tuple(map(tuple, group)),

@@ -14,6 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -93,13 +94,13 @@ class ActivationWriter(BasePredictionWriter):
         self._failed = True
         self._stop()
         self._waiting.clear()
-        if self._file is not None:
-            path = Path(self._file.filename)
-            self._file.close()
-            self._file = None
-            path.unlink(missing_ok=True)
+        file, self._file = self._file, None
         if self._closed is not None:
             self._closed.unlink(missing_ok=True)
+        if file is not None:
+            Path(file.filename).unlink(missing_ok=True)
+            with suppress(OSError, RuntimeError):  # what could not be written cannot be flushed either
+                file.close()
 
     def finish(self) -> None:
         """Make the pass exist; to be called by one process, after all have written.
@@ -150,18 +151,27 @@ class ActivationWriter(BasePredictionWriter):
                 self._file.close()
                 self._file = None
                 self._completing = self._threads[1].submit(self._commit, shard, self._closed)
-        except BaseException:
+        except BaseException as error:
             self._failed = True
+            if isinstance(error, OSError):
+                raise StoreError(self._unwritable(error)) from error
             raise
 
     def _commit(self, shard: PlannedShard, part: Path) -> None:
         path = self.folder / shard.file
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        done = Shard(shard.file, shard.rows, checksum(part))
-        os.replace(part, path)
-        body = {"schema": SCHEMA, "key": self.key, "batches": shard.digest, **asdict(done)}
-        write_json(self.folder / _record(shard), body)
+        try:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            done = Shard(shard.file, shard.rows, checksum(part))
+            os.replace(part, path)
+            body = {"schema": SCHEMA, "key": self.key, "batches": shard.digest, **asdict(done)}
+            write_json(self.folder / _record(shard), body)
+        except OSError as error:
+            raise StoreError(self._unwritable(error)) from error
+
+    def _unwritable(self, error: OSError) -> str:
+        reason = error.strerror or str(error).strip().splitlines()[0]
+        return f"cannot write to {self.folder}: {reason}; what is complete is kept (key: extraction.root)"
 
     def _wait_for_shard(self) -> None:
         if self._completing is not None:

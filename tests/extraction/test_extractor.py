@@ -1,5 +1,7 @@
 import dataclasses
+import errno
 import gc
+import itertools
 import logging
 import os
 import shutil
@@ -9,6 +11,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import h5py
 import lightning as L
 import pytest
 import torch
@@ -21,7 +24,7 @@ from mechdiff.extraction.plan import Plan, encode_prompts
 from mechdiff.extraction.writer import AHEAD, ActivationWriter
 from mechdiff.interventions.hooks import record
 from mechdiff.interventions.sites import Site
-from mechdiff.pairs.alignment import common_start, encode
+from mechdiff.pairs.alignment import collate, common_start, encode
 from tests.extraction import job
 from tests.toys import SYSTEM, loaded, prompts
 
@@ -291,21 +294,40 @@ def test_a_mask_would_change_nothing(whole):
     store, model = ActivationStore.open(next(iter(whole.iterdir()))), loaded()
     plan = Plan(encode_prompts(model.tokenizer, prompts(), None), "all", 128, 3)
     batch = plan.batch(plan.shards[-2], 0, model.tokenizer.pad_token_id)
-    assert not batch.attention_mask.all()
+    chosen = [plan.encoded[example] for example in plan.shards[-2].batches[0]]
+    _, mask = collate(chosen, model.tokenizer.pad_token_id)
+    assert not mask.all()
     text, token = batch.where.unbind(-1)
     with record(model.model, [Site(1)]) as states:
-        model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        model.model(input_ids=batch.input_ids, attention_mask=mask)
     kept = torch.isin(store.rows.example, batch.rows.example.unique())
     torch.testing.assert_close(
         store.read("resid_post.1", kept.nonzero().flatten()), states[Site(1)][text, token]
     )
 
 
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+    write, count = h5py.Dataset.__setitem__, itertools.count()
+
+    def full(self, *args):
+        if next(count) > 30:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, *args)
+
+    monkeypatch.setattr(h5py.Dataset, "__setitem__", full)
+    with pytest.raises(StoreError, match=r"cannot write to .*: No space left on device; .*extraction.root"):
+        extract(tmp_path)
+    assert not leftovers(tmp_path)
+    monkeypatch.undo()
+    extract(tmp_path)
+
+
 def test_it_says_how_fast_and_how_evenly(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "mechdiff"):
         extract(tmp_path)
     model = loaded()
-    tokens = sum(len(encode(model.tokenizer, p.text)) for p in prompts())
+    encoded = [encode(model.tokenizer, p.text) for p in prompts()]
+    tokens = sum(len(e) - common_start(encoded) for e in encoded)
     assert f"base: {tokens} tokens in " in caplog.text
     assert " s by 1, " in caplog.text
     assert "the busiest had 0.00% more than the mean" in caplog.text
