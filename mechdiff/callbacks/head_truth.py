@@ -22,7 +22,7 @@ from mechdiff.errors import FitError
 from mechdiff.functional.cumulative import cumulative, grid_counts, random_order
 from mechdiff.functional.intervals import bootstrap_means
 from mechdiff.functional.overlap import chance_overlap, correlation_of_means, ranking_agreement
-from mechdiff.functional.stats import bootstrap_ratio, measurable
+from mechdiff.functional.stats import Interval, bootstrap_ratio, measurable
 from mechdiff.interventions.head_edges import Head
 from mechdiff.interventions.head_runs import Baseline, clean_states
 from mechdiff.modules.base import estimated, missing
@@ -182,10 +182,9 @@ class HeadTruth:
         effect = bootstrap_means((none - curves[:, 0, -1])[:, None], generator=self.records.draws("gap")).at(
             0
         )
-        cell = with_params({**about, "unit": "nats"}, k=count, of="effect")
+        cell = with_params({**about, "unit": self.records.unit}, k=count, of="effect")
         yield estimated("cumulative_effect", effect, cell)
-        size = effect if effect.value >= 0 else effect._replace(value=-effect.value, low=-effect.high)
-        if not measurable(size, noise):
+        if not measurable(_size(effect), noise):
             for k in ks:
                 cell = with_params({**about, "n": n}, k=k, of="all_heads")
                 yield missing("cumulative_effect", "gap_too_small", cell)
@@ -204,12 +203,18 @@ class HeadTruth:
                 yield estimated("cumulative_effect", curve.at(i), with_params(control, k=k, of="all_heads"))
             yield estimated("cpr", area.at(0), control)
             yield estimated("cmd", area.at(1), control)
-        gap = none - base
+        gap = none - base  # of either sign
         cell = with_params(about, k=count, of="gap")
-        if measurable(bootstrap_means(gap[:, None], generator=self.records.draws("full gap")).at(0), noise):
+        whole = bootstrap_means(gap[:, None], generator=self.records.draws("full gap")).at(0)
+        if measurable(_size(whole), noise):
             share = bootstrap_ratio(
                 none - curves[:, 0, -1], gap, generator=self.records.draws("share of the gap")
             )
             yield estimated("cumulative_effect", share, cell)
         else:
             yield missing("cumulative_effect", "gap_too_small", {**cell, "n": n})
+
+
+def _size(gap: Interval) -> Interval:
+    """Return a gap counted in its own direction."""
+    return gap if gap.value >= 0 else Interval(-gap.value, -gap.high, -gap.low, gap.n)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,8 +11,12 @@ import pytest
 import torch
 
 from mechdiff.callbacks.head_cases import contrast_tokens, find_cases
+from mechdiff.callbacks.head_records import HeadRecords
+from mechdiff.callbacks.head_tables import Tables
+from mechdiff.callbacks.head_truth import HeadTruth
 from mechdiff.callbacks.heads import Heads
 from mechdiff.errors import ConfigError, PromptError
+from mechdiff.functional.permutation import sign_flip
 from mechdiff.modules import HeadComparison
 from mechdiff.pairs.loading import LoadedModel
 from mechdiff.pairs.organisms import plant_heads, plant_null
@@ -122,11 +127,10 @@ def test_every_quantity_of_the_question_has_its_controls() -> None:
         "truth_overlap",
         "concentration",
     }
-    controls = {q: {r.control for r in results.select(quantity=q)} for q in ("churn", "rbo", "cpr")}
+    controls = {q: {r.control for r in results.select(quantity=q)} for q in ("churn", "rbo")}
     assert controls == {
         "churn": {"none", "label_swap", "split_half"},
         "rbo": {"none", "chance", "split_half"},
-        "cpr": {"none", "random"},
     }
     edges = [r for r in results.select(quantity="churn", of="edges") if r.control == "none"]
     assert {r.params.get("floor_from") for r in edges} == {"seed", "label_swap", "curve", None}
@@ -138,8 +142,6 @@ def test_the_estimate_agrees_with_exact_exchanges() -> None:
     (r,) = planted().select(quantity="truth_r", model="tuned", baseline="resample", group="all")
     assert r.rows == 8
     assert r.value > 0.8
-    whole = planted().select(quantity="cumulative_effect", of="all_heads", k=16, control="none")
-    assert [r.value for r in whole] == [1.0]
 
 
 def test_equal_models_read_0_everywhere() -> None:
@@ -225,6 +227,25 @@ def test_too_few_prompts_are_said() -> None:
         find_cases(pair(base, tuned), [p for p in few if p.label == "neutral"] + few[:1], None, None)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
+def test_shares_of_a_gap_do_not_hang_on_its_sign(sign: float) -> None:
+    records = HeadRecords(SimpleNamespace(metric="refusal"), Tables({}, {}), 17)
+    none = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    gap = torch.tensor([3.0, 4.0, 3.0, 4.0]) * (sign or torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    shares = torch.tensor([[0.5, 0.8], [0.2, 0.8]])  # in order and at random, of 1 and of 2 heads
+    curves = none[:, None, None] - gap[:, None, None] * shares
+    truth = HeadTruth(records, {}, lambda steps, _: steps)
+    found = Results(truth._curves(none - gap, none, curves, (1, 2), 0.01, ()))
+    (effect,) = found.select(of="effect")
+    assert effect.unit == "pp"
+    shares = {of: [r.value for r in found.select(of=of, control="none")] for of in ("all_heads", "gap")}
+    if sign:
+        assert effect.value == pytest.approx(sign * 2.8)
+        assert shares == {"all_heads": pytest.approx([0.625, 1.0]), "gap": pytest.approx([0.8])}
+    else:
+        assert {r.reason for r in found if r is not effect} == {"gap_too_small"}
+
+
 @pytest.mark.parametrize("metric", ["refusal", "kl_other"])
 def test_other_numbers(metric: str, tmp_path) -> None:
     base = toys.loaded()
@@ -241,7 +262,10 @@ def test_other_numbers(metric: str, tmp_path) -> None:
     (r,) = results.select(quantity="truth_r", model="tuned", baseline="resample", group="all")
     assert r.value > 0.8
     assert r.params["metric"] == metric
-    assert r.value > 0.8
+    if metric == "kl_other":  # a gap of one sign on every prompt
+        whole = results.select(quantity="cumulative_effect", of="all_heads", k=16, control="none")
+        assert [r.value for r in whole] == [1.0]
+        assert {r.control for r in results.select(quantity="cpr")} == {"none", "random"}
     points = results.select(quantity="churn", metric="refusal", floor_from="seed", control="none")
     assert [r.params["floor"] for r in points] == [5.0]
     heads = results.select(quantity="head_attribution", metric="refusal", method="patch", model="pair")
@@ -250,9 +274,34 @@ def test_other_numbers(metric: str, tmp_path) -> None:
 
 
 def test_the_tokens_of_the_difference() -> None:
-    base, tuned = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.3, 0.5]).log()
-    assert contrast_tokens(base, tuned) == (2, 0)
+    base, tuned = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.1, 0.3, 0.6]).log()
+    assert contrast_tokens(base, tuned) == contrast_tokens(tuned, base) == (2, 0)
     assert contrast_tokens(base, base) == (0, 1)
+
+
+def test_swapped_models_turn_the_difference_and_nothing_else() -> None:
+    base = toys.loaded()
+    tuned = plant_heads(base, FLIPPED)[0]
+    options = dict.fromkeys([*QUICK, "integrated_prompts"], 0) | {"orders": 0}
+    about = {"quantity": "head_attribution", "model": "pair"}
+    there, back = (by_head(run(*both, **options), **about) for both in ((base, tuned), (tuned, base)))
+    assert {head: r.value for head, r in there.items()} == {head: -r.value for head, r in back.items()}
+    assert any(r.value for r in there.values())
+
+
+def test_p_of_exchangeable_models_is_calibrated() -> None:
+    draws, found = torch.Generator().manual_seed(17), []
+    for _ in range(12):  # logits are sums over heads, each model's a draw of the same kind on every prompt
+        common = torch.randn(24, 30, 40, generator=draws, dtype=torch.float64)
+        models = [common + torch.randn(common.shape, generator=draws, dtype=torch.float64) for _ in range(2)]
+        log_p = [m.sum(1).log_softmax(-1) for m in models]
+        tokens = [contrast_tokens(one, other) for one, other in zip(*log_p, strict=True)]
+        base, tuned = (
+            torch.stack([z[:, plus] - z[:, minus] for z, (plus, minus) in zip(m, tokens, strict=True)])
+            for m in models
+        )
+        found.append(sign_flip(tuned - base, generator=draws).p)
+    assert 0.02 < (torch.cat(found) <= 0.05).double().mean() < 0.08
 
 
 @pytest.mark.parametrize(
