@@ -138,6 +138,18 @@ def test_every_quantity_of_the_question_has_its_controls() -> None:
     assert noise.value < 1e-6
 
 
+def test_halves_of_prompts_are_ranked_at_equal_terms() -> None:
+    table = torch.randn(9, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    records = HeadRecords(SimpleNamespace(metric="logit_diff"), Tables({}, {}), 17, nulls=20)
+    for tuned in (table, -table.flip(1)):
+        found = Results(records.rankings(table, tuned, "twin"))
+        for quantity in ("topk_overlap", "jaccard", "rbo"):
+            where = {"quantity": quantity, "control": "split_half", "k": None if quantity == "rbo" else 5}
+            (base,), (pair,) = (found.select(model=m, **where) for m in ("base", "pair"))
+            assert base.n == pair.n == 4
+            assert (base.value == pair.value) == (tuned is table)
+
+
 def test_the_estimate_agrees_with_exact_exchanges() -> None:
     (r,) = planted().select(quantity="truth_r", model="tuned", baseline="resample", group="all")
     assert r.rows == 8

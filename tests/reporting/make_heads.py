@@ -18,7 +18,7 @@ Figures draw the combination of the first ``head_attribution`` of the pair, so t
 | churn_p | head: family-wise p of one head | |
 | churn | share; controls label_swap (pair), split_half (base, tuned): mean, 5th to 95th percentile of draws | rule ``bound``: floor, floor_from ``seed``, ``label_swap``, ``curve``; rule ``z``: floor 2.0, flag grows_with_n |
 | churn_bh, churn_p | share of heads with adjusted p of at most ``level`` | level |
-| topk_overlap, jaccard | base against tuned; control chance (exact range), split_half | k |
+| topk_overlap, jaccard | base against tuned; control chance (exact range), split_half (base: of itself, pair: of tuned) | k |
 | rbo | the same | persistence |
 | cumulative_effect | control random: mean of draws, 5th to 95th percentile | k; of ``all_heads``, or ``gap`` at the last k |
 | cpr, cmd | control random | |
@@ -161,9 +161,11 @@ def _rankings() -> list[Record]:
             about: dict[str, Any] = {"control": "chance", "low": 0.0, "high": 3 * chance}
             found.append(_record(quantity, chance, params={"k": k}, **about))
             found.append(_null("split_half", 0.62, "base", quantity, k=k))
+            found.append(_null("split_half", 0.58, "pair", quantity, k=k))
     found.append(_record("rbo", 0.71, 0.07, params={"persistence": 0.9}))
     found.append(_record("rbo", 0.037, control="chance", params={"persistence": 0.9}))
     found.append(_null("split_half", 0.55, "base", "rbo", persistence=0.9))
+    found.append(_null("split_half", 0.5, "pair", "rbo", persistence=0.9))
     return found
 
 

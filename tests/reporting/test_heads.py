@@ -157,9 +157,11 @@ def test_too_few_prompts_are_named_in_place_of_every_bar(results: Results) -> No
 def test_rankings_stand_beside_chance_and_halves(results: Results) -> None:
     overlap, jaccard, rbo = plot_head_overlap(results).axes
     for axes, quantity in ((overlap, "topk_overlap"), (jaccard, "jaccard"), (rbo, "rbo")):
-        for control, marker in (("none", "o"), ("chance", "_"), ("split_half", "s")):
+        marks = {"o": {"control": "none"}, "_": {"control": "chance"}}
+        marks |= {m: {"control": "split_half", "model": model} for m, model in (("s", "base"), ("D", "pair"))}
+        for marker, where in marks.items():
             drawn = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == marker]
-            assert drawn == [r.value for r in results.select(quantity=quantity, control=control)]
+            assert drawn == [r.value for r in results.select(quantity=quantity, **where)]
     assert [t.get_text() for t in overlap.get_xticklabels()] == ["5", "10", "20", "32"]
 
 

@@ -196,7 +196,9 @@ def _shares(view: View) -> list[Table]:
             beside = nulls(view, r)
             cell: list[Inline] = []
             for c in beside[:3]:
-                cell += ["; " if cell else "", f"{named(c)} ", view.number(c)]
+                halves = (c.control, c.model) == ("split_half", "pair")
+                name = "split half (base and tuned)" if halves else named(c)
+                cell += ["; " if cell else "", f"{name} ", view.number(c)]
             kept = [f"{words(k)} {words(r.params[k])}" for k in KEPT if r.params.get(k) is not None]
             kept += [] if r.model == "pair" else [r.model, words(r.params.get("baseline"))]
             about = ", ".join([*kept, *map(words, r.flags)])
