@@ -3,7 +3,8 @@
 1. Own change is 0 for an unedited head and needs no alignment. Its effect on the number is known to first
    order for every head, and exactly for the largest: a graft with keys and values for this head alone.
 2. A graft of weights shares keys and values with the head's group, whose other heads change with it.
-3. What a head inherits, the whole difference of its contribution between the two runs, stands beside it.
+3. The whole difference of a head's contribution between the two runs, with what it inherits from below,
+   stands beside it: `head_inherited`, a difference of states and no change of the head.
 """
 
 from __future__ import annotations
@@ -55,21 +56,22 @@ class HeadChanges:
     def every(self) -> Iterator[Record]:
         """Yield size and first-order effect of every head's change, its own and what it inherits."""
         if self.tables.foreign is not None:
-            about = self.records.about("graft", "weights")
+            about = self.records.about("own_change", "weights")
             yield missing(
                 "head_own_change",
                 self.tables.foreign,
                 {**about, "n": len(self.cases.prompts), "unit": "fraction"},
             )
             return
-        for kind, name in (("own", "weights"), ("inherited", "other_model")):
+        for kind, quantity, method, name in (
+            ("own", "head_own_change", "own_change", "weights"),
+            ("inherited", "head_inherited", "state_difference", "other_model"),
+        ):
             norms = self.tables.norms[kind]
             more: dict[str, Any] = {"kind": kind, "metric": "norm", "unit": "fraction"}
-            yield from self.records.per_head(norms, "head_own_change", "graft", name, "pair", **more)
+            yield from self.records.per_head(norms, quantity, method, name, "pair", **more)
             table = self.tables.attribution[("tuned", name)]
-            yield from self.records.per_head(
-                table, "head_own_change", "attribution_patching", name, "pair", kind=kind
-            )
+            yield from self.records.per_head(table, quantity, "attribution_patching", name, "pair", kind=kind)
 
     def largest(self, top: int, drawn: int) -> list[int]:
         """Return the columns of the heads that changed most, and of others."""

@@ -35,10 +35,8 @@ def plot_head_grafts(results: Results, out: str | Path | None = None) -> Figure:
     grafts = by_head(results, quantity="graft_recovery")
     if not grafts:
         raise ConfigError("nothing to draw: no head was grafted; give the results.json of an rq4 run")
-    own, inherited = (
-        by_head(results, quantity="head_own_change", metric="norm", kind=kind)
-        for kind in ("own", "inherited")
-    )
+    own = by_head(results, quantity="head_own_change", metric="norm", kind="own")
+    inherited = by_head(results, quantity="head_inherited", metric="norm")
     order = sorted(grafts, key=lambda place: -_value(own.get(place)))[:TOP_HEADS]
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")

@@ -66,8 +66,8 @@ NAMES = {f"{layer}.{head}" for layer, head in FLIPPED}
 
 
 def test_turned_heads_rank_first_by_their_own_change_and_all_others_read_0() -> None:
-    for metric, method in (("norm", "graft"), ("logit_diff", "attribution_patching")):
-        about = {"kind": "own", "metric": metric, "method": method}
+    for metric, method in (("norm", "own_change"), ("logit_diff", "attribution_patching")):
+        about = {"metric": metric, "method": method}
         plain = by_head(planted(), quantity="head_own_change", **about)
         assert len(plain) == 16
         assert first(plain) == NAMES
@@ -87,7 +87,7 @@ def test_turned_heads_rank_first_by_graft_and_others_recover_nothing() -> None:
 
 
 def test_what_a_head_inherits_is_not_its_own_change() -> None:
-    inherited = by_head(planted(), quantity="head_own_change", kind="inherited", metric="norm")
+    inherited = by_head(planted(), quantity="head_inherited", metric="norm")
     assert all(r.value > 0 for head, r in inherited.items() if head[0] == "3")  # above the turned heads
     assert inherited["0.0"].value == 0
 
@@ -112,6 +112,7 @@ def test_every_quantity_of_the_question_has_its_controls() -> None:
     assert {r.quantity for r in results} == {
         "head_attribution",
         "head_own_change",
+        "head_inherited",
         "graft_recovery",
         "completeness_error",
         "churn",
@@ -162,6 +163,7 @@ def test_equal_models_read_0_everywhere() -> None:
     for quantity in ("churn", "churn_bh", "concentration"):
         assert {r.value for r in results.select(quantity=quantity, control="none")} == {0.0}
     assert {r.value for r in results.select(quantity="head_own_change")} == {0.0}
+    assert {r.value for r in results.select(quantity="head_inherited")} == {0.0}
     assert {r.value for r in results.select(quantity="head_attribution", model="pair")} == {0.0}
     assert {r.value for r in results.select(quantity="rbo", control="none")} == {1.0}
     for quantity in ("graft_recovery", "cpr", "cmd"):
@@ -180,7 +182,7 @@ def test_rounded_weights_stay_under_the_floor() -> None:
     results = run(base, plant_null(base, "bf16")[0], **options)
     for r in results.select(quantity="churn", floor_from="seed", control="none"):
         assert (r.value, r.high) == (0.0, 0.0)
-    assert all(r.value < 0.02 for r in results.select(quantity="head_own_change", metric="norm", kind="own"))
+    assert all(r.value < 0.02 for r in results.select(quantity="head_own_change", metric="norm"))
 
 
 def test_models_with_other_heads_are_described_but_not_compared() -> None:

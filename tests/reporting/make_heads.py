@@ -12,7 +12,8 @@ Figures draw the combination of the first ``head_attribution`` of the pair, so t
 | quantity | where | params beside these |
 |---|---|---|
 | head_attribution | head; model base, tuned, pair (tuned − base) | method ``patch``: group ``attribution`` or ``random``; subset ``patched``: the estimate over the patched prompts alone |
-| head_own_change | head | metric ``norm`` or the target; kind ``own`` or ``inherited`` |
+| head_own_change | head; method ``own_change`` | metric ``norm`` or the target; kind ``own`` |
+| head_inherited | head; method ``state_difference``, baseline ``other_model`` | the same; kind ``inherited`` |
 | graft_recovery | head | method ``graft``, baseline ``weights``, metric ``recovery``; group: heads that change with it |
 | completeness_error | head_out.<layer> without head, per model | |
 | churn_p | head: family-wise p of one head | |
@@ -90,10 +91,11 @@ def _heads(rng: random.Random) -> list[Record]:
                 spread = 0.02 + 0.25 * abs(value)
                 found.append(_record("head_attribution", value, spread, model=model, params=name, **where))
             own = abs(change) if (layer, head) in CHANGED else 0.0
-            own_norm = {"params": {**name, "metric": "norm", "kind": "own"}, "unit": "fraction"}
+            norm = {**name, "metric": "norm"}
+            own_norm = {"params": {**norm, "method": "own_change", "kind": "own"}, "unit": "fraction"}
             found.append(_record("head_own_change", own, 0.1 * own, site=where["site"], **own_norm))
-            whole = {"params": {**name, "metric": "norm", "kind": "inherited"}, "unit": "fraction"}
-            found.append(_record("head_own_change", own + 0.05, 0.02, site=where["site"], **whole))
+            whole = {"params": {**norm, "method": "state_difference", "kind": "inherited"}}
+            found.append(_record("head_inherited", own + 0.05, 0.02, site=where["site"], **whole))
             if own or (layer % 4, head) == (0, 2):
                 group = [f"{layer}.{h}" for h in range(head - head % 3, head - head % 3 + 3)]
                 graft = {**name, "method": "graft", "baseline": "weights", "metric": "recovery"}
