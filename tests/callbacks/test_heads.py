@@ -77,13 +77,18 @@ def test_turned_heads_rank_first_by_their_own_change_and_all_others_read_0() -> 
 def test_turned_heads_rank_first_by_graft_and_others_recover_nothing() -> None:
     found = by_head(planted(), quantity="graft_recovery")
     assert len(found) == 6
+    drawn = {head for head, r in found.items() if r.control == "random"}
+    assert {head for head, r in found.items() if r.params["group"] == "random"} == drawn
+    assert len(drawn) == 2
+    assert not drawn & NAMES
     assert first(found) == NAMES
     for head, r in found.items():
         assert r.value is not None
         assert abs(r.value) > 1e-3 if head in NAMES else abs(r.value) < 1e-5
-        assert head in r.params["group"]
+        assert head in r.params["shares_kv"]
     exact = by_head(planted(), quantity="head_own_change", method="patch")
     assert {head for head, r in exact.items() if abs(r.value) > 1e-6} == NAMES
+    assert {head for head, r in exact.items() if r.control == r.params["group"] == "random"} == drawn
 
 
 def test_what_a_head_inherits_is_not_its_own_change() -> None:

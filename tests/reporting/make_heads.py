@@ -14,7 +14,7 @@ Figures draw the combination of the first ``head_attribution`` of the pair, so t
 | head_attribution | head; model base, tuned, pair (tuned − base) | method ``patch``: group ``attribution`` or ``random``; subset ``patched``: the estimate over the patched prompts alone |
 | head_own_change | head; method ``own_change`` | metric ``norm`` or the target; kind ``own`` |
 | head_inherited | head; method ``state_difference``, baseline ``other_model`` | the same; kind ``inherited`` |
-| graft_recovery | head | method ``graft``, baseline ``weights``, metric ``recovery``; group: heads that change with it |
+| graft_recovery | head | method ``graft``, baseline ``weights``, metric ``recovery``, group ``own_change`` or ``random`` (control random); shares_kv: heads that change with it |
 | completeness_error | head_out.<layer> without head, per model | |
 | churn_p | head: family-wise p of one head | |
 | churn | share; controls label_swap (pair), split_half (base, tuned): mean, 5th to 95th percentile of draws | rule ``bound``: floor, floor_from ``seed``, ``label_swap``, ``curve``; rule ``z``: floor 2.0, flag grows_with_n |
@@ -97,9 +97,11 @@ def _heads(rng: random.Random) -> list[Record]:
             whole = {"params": {**norm, "method": "state_difference", "kind": "inherited"}}
             found.append(_record("head_inherited", own + 0.05, 0.02, site=where["site"], **whole))
             if own or (layer % 4, head) == (0, 2):
-                group = [f"{layer}.{h}" for h in range(head - head % 3, head - head % 3 + 3)]
+                shared = [f"{layer}.{h}" for h in range(head - head % 3, head - head % 3 + 3)]
                 graft = {**name, "method": "graft", "baseline": "weights", "metric": "recovery"}
-                about: dict[str, Any] = {"site": where["site"], "params": {**graft, "group": group}}
+                drawn = {"group": "own_change" if own else "random", "shares_kv": shared}
+                about: dict[str, Any] = {"site": where["site"], "params": {**graft, **drawn}}
+                about["control"] = "none" if own else "random"
                 value = None if layer == 28 else 0.3 * own
                 found.append(_record("graft_recovery", value, 0.04, **about))
             found.append(_record("churn_p", 0.001 if own else 0.4, site=where["site"], unit="p", params=name))

@@ -205,6 +205,9 @@ def test_grafts_stand_in_the_order_of_own_change(results: Results) -> None:
     assert labels[: len(changed)] == [f"{layer}.{head}" for layer, head in changed]
     assert bars(upper)[: len(changed)] == pytest.approx([0.3 * abs(CHANGED[place]) for place in changed])
     assert bars(lower)[: len(changed)] == pytest.approx([abs(CHANGED[place]) for place in changed])
+    colours = [b.get_facecolor() for c in lower.containers if isinstance(c, BarContainer) for b in c]
+    assert len(set(colours[: len(changed)])) == 1
+    assert colours[0] not in colours[len(changed) :]  # heads drawn at random
     assert texts(figure).count("gap too small") == 1
     assert "share keys and values" in texts(figure)
 
