@@ -141,6 +141,7 @@ class HeadRecords:
         names: Sequence[str],
         of: str,
         method: str = "attribution_patching",
+        group: str | None = None,
     ) -> Iterator[Record]:
         """Yield churn, its nulls and its tests, of heads or edges.
 
@@ -151,9 +152,12 @@ class HeadRecords:
             names: Name of each column.
             of: `heads` or `edges`.
             method: How they were measured.
+            group: How the columns were selected, where they are not all: a share is then of these `rows`.
         """
         params = {} if of == "heads" else {"of": of}
         about = self.about(method, baseline, **params)
+        if group is not None:
+            about = {**with_params(about, group=group), "rows": len(names)}
         n = len(base)
         if n < FEWEST:
             for quantity in ("churn", "churn_p", "churn_bh"):

@@ -289,6 +289,9 @@ def test_other_numbers(metric: str, tmp_path) -> None:
     assert [r.params["floor"] for r in points] == [5.0]
     heads = results.select(quantity="head_attribution", metric="refusal", method="patch", model="pair")
     assert len(heads) == 2 * (metric == "kl_other")
+    judged = [r for r in results if r.quantity.startswith("churn") and r.params["method"] == "patch"]
+    assert bool(judged) == (metric == "kl_other")
+    assert all((r.rows, r.params["group"]) == (2, "attribution") for r in judged)
     assert {r.unit for r in results.select(quantity="head_attribution", metric="refusal")} == {"pp"}
 
 

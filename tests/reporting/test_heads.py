@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mechdiff.errors import ConfigError
 from mechdiff.reporting.figures import drawable
-from mechdiff.reporting.head_churn import plot_head_churn
+from mechdiff.reporting.head_churn import plot_head_churn, rules_of
 from mechdiff.reporting.head_curves import plot_cumulative, plot_head_overlap, plot_head_truth
 from mechdiff.reporting.head_grafts import plot_head_grafts
 from mechdiff.reporting.heads import by_head, how, plot_head_maps
@@ -152,6 +152,18 @@ def test_too_few_prompts_are_named_in_place_of_every_bar(results: Results) -> No
     assert texts(figure).count("too few prompts") == 5
     assert bars(figure.axes[1]) == []
     assert head_table(few).row_count == 5
+
+
+def test_shares_of_selected_heads_do_not_stand_among_those_of_all(results: Results) -> None:
+    few = [
+        replace(r, value=1.0, low=1.0, high=1.0, rows=6, params={**r.params, "group": "attribution"})
+        for r in results
+        if r.quantity in ("churn", "churn_p", "churn_bh", "concentration") and "head" not in r.params
+    ]
+    both = Results([*results, *few], results.provenance)
+    assert rules_of(both) == rules_of(results)
+    assert bars(plot_head_churn(both).axes[1]) == bars(plot_head_churn(results).axes[1])
+    assert head_table(both).caption == head_table(results).caption
 
 
 def test_rankings_stand_beside_chance_and_halves(results: Results) -> None:

@@ -103,10 +103,11 @@ def _panel(view: View) -> Panel:
 def _largest(view: View) -> list[Table]:
     found, own = changes(view), changes(view, "head_own_change")
     ordered = sorted(found, key=lambda at: -abs(found[at].value or 0.0))[:TOP]
+    about = {"control": "none", **family(view)}
     rows: list[list[Cell]] = []
     for at in ordered:
         r = found[at]
-        p = view.pair.one("rq4", quantity="churn_p", control="none", head=f"{at[0]}.{at[1]}")
+        p = view.pair.one("rq4", quantity="churn_p", head=f"{at[0]}.{at[1]}", **about)
         cells: list[Cell] = [
             [view.number(r)],
             [mark(judge_p(p))],
