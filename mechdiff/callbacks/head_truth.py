@@ -3,6 +3,7 @@
 1. The heads with the largest mean attribution and as many drawn from the rest are exchanged one at a time.
    Agreement with the attribution is a correlation over these heads and the overlap of their top ranks; among
    heads chosen by attribution alone it would be flattered, so it stands beside that among the drawn ones.
+   Ranks are `among` the heads that were exchanged, both groups together, not among all heads of the model.
 2. Heads of tuned give way to base's contribution, k of them together, in the order of attribution. The order
    comes from prompts that are not run here, where there are enough; orders at random are the control.
 """
@@ -120,7 +121,7 @@ class HeadTruth:
                 yield estimated("truth_r", r, cell)
         k = min(TOP_OVERLAP, max(1, len(columns) // 2))
         found = ranking_agreement(guess, exact, [k], generator=self.records.draws("overlap", role, name))
-        cell = with_params({**about, "unit": "fraction", "rows": len(columns)}, k=k)
+        cell = with_params({**about, "unit": "fraction", "rows": len(columns)}, k=k, among=len(columns))
         yield estimated("truth_overlap", found.overlap.at(0), cell)
         by_chance = chance_overlap(len(columns), k)._replace(n=len(steps))
         yield estimated("truth_overlap", by_chance, {**cell, "control": "chance"})

@@ -160,6 +160,8 @@ def test_the_estimate_agrees_with_exact_exchanges() -> None:
     (r,) = planted().select(quantity="truth_r", model="tuned", baseline="resample", group="all")
     assert r.rows == 8
     assert r.value > 0.8
+    found = planted().select(quantity="truth_overlap", model="tuned", baseline="resample")
+    assert [(r.params["k"], r.params["among"]) for r in found] == [(4, 8)] * 2
 
 
 def test_equal_models_read_0_everywhere() -> None:

@@ -25,7 +25,7 @@ Figures draw the combination of the first ``head_attribution`` of the pair, so t
 | cpr, cmd | control random | |
 | concentration | number of heads; control label_swap | share |
 | truth_r | method ``patch``; over heads tried, per model patched | group ``all``, ``attribution``, ``random`` |
-| truth_overlap | | k |
+| truth_overlap | | k; among: number of heads patched |
 | churn_difference | of two pairs; flag one_sibling_per_class | pairs, rule, floor_from |
 
 Edges have the records of churn, with ``of`` = ``edges``.
@@ -208,5 +208,5 @@ def _truth(rng: random.Random) -> list[Record]:
             rows = 64 if group == "all" else 32
             about = {"model": model, "unit": "correlation", "rows": rows}
             found.append(_record("truth_r", value, 0.05, params={**PATCH, "group": group}, **about))
-        found.append(_record("truth_overlap", 0.9, 0.08, model=model, params={**PATCH, "k": 20}))
+        found.append(_record("truth_overlap", 0.9, 0.08, model=model, params={**PATCH, "k": 20, "among": 64}))
     return found

@@ -203,6 +203,7 @@ def test_estimates_are_paired_with_the_truth_of_their_head(results: Results) -> 
     assert "may be over more prompts" not in texts(figure)
     assert "r = 0.93 [0.88, 0.98]" in texts(figure)
     assert "top-20 overlap = 0.90 [0.82, 0.98]" in texts(figure)
+    assert "Overlap: of ranks among the 64 heads patched" in texts(figure)
     mixed = plot_head_truth(Results([r for r in results if "subset" not in r.params]))
     assert "Estimates may be over more prompts" in texts(mixed)
     one = Results([r for r in results if r.params.get("method") != "patch" or r.model == "tuned"])

@@ -35,7 +35,7 @@ SHARES: dict[str, tuple[str, bool]] = {
 """Quantities of all heads together, and whether more than their controls is a claim."""
 CELL = ("rule", "floor", "floor_from", "share", "k", "persistence", "level")
 """Parameters that tell one share from another, besides how it was measured."""
-KEPT = ("rule", "floor_from", "share", "k", "of")
+KEPT = ("rule", "floor_from", "share", "k", "among", "of")
 METHOD = (
     "Every head is attributed in both models on the same prompts (gradient × activation on its "
     "contribution to the "
