@@ -166,8 +166,8 @@ def plot_head_truth(results: Results, out: str | Path | None = None) -> Figure:
         n = " to ".join(str(n) for n in sorted({min(r.n for r in exact), max(r.n for r in exact)}))
         metric = SAID.get(exchanges[0][1], exchanges[0][1])
         more = f"n = {n} prompts. [ ] and lines: 95 % intervals over prompts."
-        among = {r.params.get("among") for r in results.select(quantity="truth_overlap", control="none")}
-        if sizes := sorted(among - {None}):
+        overlaps = results.select(quantity="truth_overlap", control="none")
+        if sizes := sorted({int(r.params["among"]) for r in overlaps if "among" in r.params}):
             more += f" Overlap: of ranks among the {' to '.join(map(str, sizes))} heads patched."
         if not results.select(quantity="head_attribution", subset="patched"):
             more += " Estimates may be over more prompts; r and overlap are over the same."
