@@ -8,8 +8,9 @@
    distribution from this model's, `refusal` the probability of refusing in percentage points.
 2. The counterfactual of a prompt is its neutral twin, else another prompt of the same language (`resample`).
    Of the two, equal tokens in the same order are at the same place; elsewhere nothing is exchanged.
-3. Across models, places are aligned as for layer patches. Heads count, and are exchanged, outside the
-   template's beginning and the first position.
+3. Across models, places are aligned as for layer patches. Heads count, and are exchanged, inside the prompt
+   only: behind the template's beginning and the first position, up to the prompt's last token. At the tokens
+   of an answer or opening that is scored, heads stay as they are, so that what they do there is not counted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Turn tables of heads into records: attribution, churn with its nulls, likeness of rankings.
 
 Every record says how it was measured: `method`, `metric`, `baseline`. What one head has carries its name,
-`head`, and the site of its layer; see `mechdiff.functional.churn` for the rules of churn.
+`head`, and the site of its layer. Positions are `all` those where heads count, inside the prompt only
+(`mechdiff.callbacks.head_cases`); a graft of weights alone acts at every token. See
+`mechdiff.functional.churn` for the rules of churn.
 """
 
 from __future__ import annotations

@@ -226,6 +226,10 @@ def test_the_churn_of_two_pairs_is_contrasted(tmp_path) -> None:
     assert (r.value, r.low, r.high) == (-1.0, -1.0, -1.0)  # a copied pair has none
     assert r.n == 16  # 8 of each pair
     assert r.flags == ("one_sibling_per_class",)
+    assert r.params["floor_from"] == "label_swap"
+    theirs, mine = r.params["floors"]  # in the order of `pairs`
+    assert 0 < theirs < 1
+    assert mine == 0
     pq.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "items.parquet")
     with pytest.raises(ConfigError, match="whose models have different heads or none"):
         run(base, plant_null(base)[0], contrast=str(tmp_path), **quick)
