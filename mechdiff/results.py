@@ -40,10 +40,10 @@ QUANTITIES: dict[str, frozenset[str]] = {
     ),
     "rq4": frozenset(
         """
-        head_attribution head_own_change graft_recovery completeness_error churn churn_bh churn_p
-        topk_overlap jaccard rbo cumulative_effect cpr cmd truth_r truth_overlap
+        head_attribution head_own_change head_inherited graft_recovery completeness_error
+        churn churn_bh churn_p topk_overlap jaccard rbo cumulative_effect cpr cmd truth_r truth_overlap
         concentration churn_difference
-        """.split()  # noqa: SIM905 - reads better than 17 quoted words
+        """.split()  # noqa: SIM905 - reads better than 18 quoted words
     ),
 }
 CONTROLS = frozenset(

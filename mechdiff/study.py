@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,8 @@ def _differences(one: View, other: View) -> Iterator[Record]:
     floors = (float(shares[0].params["floor"]), float(shares[1].params["floor"]))
     draws = generator(SEED, "churn_difference", one.name, other.name)
     found = churn_contrast(tables[0], tables[1], floors, generator=draws)
-    yield _difference("churn_difference", shares[0], found, one, other)
+    difference = _difference("churn_difference", shares[0], found, one, other)
+    yield replace(difference, params={**difference.params, "floors": list(floors)})
 
 
 def _difference(quantity: str, first: Record, found: Interval, one: View, other: View) -> Record:

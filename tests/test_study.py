@@ -228,6 +228,7 @@ def test_numbers_of_two_pairs_are_compared(tmp_path: Path) -> None:
     (r,) = found.select(quantity="churn_difference")
     assert r.value == pytest.approx(2 / 6)
     assert r.n == 21
+    assert (r.params["floor_from"], r.params["floors"]) == ("label_swap", [0.03, 0.03])
     assert r.params["contrast"] == "cognitive_smol − cultural_smol"
     one, other = (
         p.one("rq2", quantity="r2_delta", site="resid_post.24", positions="last")

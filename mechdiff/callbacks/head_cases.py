@@ -1,16 +1,16 @@
 """Cases for experiments on heads: a prompt, what stands against it, and the number that is read from it.
 
-1. The number (`metric`) is read after the prompt. `logit_diff`: the logit of the token whose gain contributes
-   most to KL(P_tuned ‖ P_base), less that of the token whose loss contributes most to KL(P_base ‖ P_tuned),
-   among shared tokens: what tuning made the model say, against what it said before. It is chosen on the clean
-   outputs of both models, so that the mean gap between them is positive by choice. `logprob_correct` and
-   `refusal_logodds` are those of `mechdiff.callbacks.graded`, whole texts; `kl_other` is the divergence of
-   the other model's next-token distribution from this model's, `refusal` the probability of refusing in
-   percentage points.
+1. The number (`metric`) is read after the prompt. `logit_diff`: the logit of the most probable shared token
+   less that of the second, by the mean of both models' clean next-token distributions. Neither tokens nor
+   sign depend on which model is called tuned, as swaps of these labels need; the gap between the models may
+   have either sign, or none. `logprob_correct` and `refusal_logodds` are those of
+   `mechdiff.callbacks.graded`, whole texts; `kl_other` is the divergence of the other model's next-token
+   distribution from this model's, `refusal` the probability of refusing in percentage points.
 2. The counterfactual of a prompt is its neutral twin, else another prompt of the same language (`resample`).
    Of the two, equal tokens in the same order are at the same place; elsewhere nothing is exchanged.
-3. Across models, places are aligned as for layer patches. Heads count, and are exchanged, outside the
-   template's beginning and the first position.
+3. Across models, places are aligned as for layer patches. Heads count, and are exchanged, inside the prompt
+   only: behind the template's beginning and the first position, up to the prompt's last token. At the tokens
+   of an answer or opening that is scored, heads stay as they are, so that what they do there is not counted.
 """
 
 from __future__ import annotations
@@ -190,19 +190,17 @@ class Cases:
         return lambda logits: (logits[:, plus] - logits[:, minus]).double()
 
 
-def contrast_tokens(base: Tensor, tuned: Tensor) -> tuple[int, int]:
-    """Return the token that tuning favoured most and the one that it disfavoured most.
+def contrast_tokens(one: Tensor, other: Tensor) -> tuple[int, int]:
+    """Return the two tokens that two models find most probable together, the more probable first.
 
-    Where the two models are the same, these are the two most probable tokens.
+    The models have equal parts in it: a choice by what one of them favours would give every difference of the
+    two a sign beforehand, and labels swapped afterwards would not show it.
 
     Args:
-        base: Log-probabilities over the shared tokens, `(size,)`.
-        tuned: The same of the other model.
+        one: Log-probabilities over the shared tokens, `(size,)`.
+        other: The same of the other model.
     """
-    gain = tuned - base
-    plus, minus = int((tuned.exp() * gain).argmax()), int((base.exp() * -gain).argmax())
-    if plus == minus or not gain.any():
-        plus, minus = (base + tuned).topk(2).indices.tolist()
+    plus, minus = (one.exp() + other.exp()).topk(2).indices.tolist()
     return plus, minus
 
 

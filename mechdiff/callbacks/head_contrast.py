@@ -58,6 +58,7 @@ def contrasted(records: HeadRecords, name: str, folder: Path) -> Iterator[Record
         yield missing("churn_difference", "too_few_prompts", {**about, "n": len(mine) + len(theirs)})
         return
     floors = [swap_floor(d, generator=records.draws("contrast", i)) for i, d in enumerate((theirs, mine))]
+    about = with_params(about, floors=floors)
     found = churn_contrast(theirs, mine, (floors[0], floors[1]), generator=records.draws("contrast"))
     yield estimated("churn_difference", found, about)
 

@@ -1,7 +1,9 @@
 """Turn tables of heads into records: attribution, churn with its nulls, likeness of rankings.
 
 Every record says how it was measured: `method`, `metric`, `baseline`. What one head has carries its name,
-`head`, and the site of its layer; see `mechdiff.functional.churn` for the rules of churn.
+`head`, and the site of its layer. Positions are `all` those where heads count, inside the prompt only
+(`mechdiff.callbacks.head_cases`); a graft of weights alone acts at every token. See
+`mechdiff.functional.churn` for the rules of churn.
 """
 
 from __future__ import annotations
@@ -141,6 +143,7 @@ class HeadRecords:
         names: Sequence[str],
         of: str,
         method: str = "attribution_patching",
+        group: str | None = None,
     ) -> Iterator[Record]:
         """Yield churn, its nulls and its tests, of heads or edges.
 
@@ -151,9 +154,12 @@ class HeadRecords:
             names: Name of each column.
             of: `heads` or `edges`.
             method: How they were measured.
+            group: How the columns were selected, where they are not all: a share is then of these `rows`.
         """
         params = {} if of == "heads" else {"of": of}
         about = self.about(method, baseline, **params)
+        if group is not None:
+            about = {**with_params(about, group=group), "rows": len(names)}
         n = len(base)
         if n < FEWEST:
             for quantity in ("churn", "churn_p", "churn_bh"):
@@ -172,19 +178,17 @@ class HeadRecords:
         yield from self._concentration(d, about)
 
     def rankings(self, base: Tensor, tuned: Tensor, baseline: str) -> Iterator[Record]:
-        """Yield how alike the rankings of the two models are, by chance, and between halves of one model."""
+        """Yield how alike the rankings of the two models are, by chance, and between halves of the prompts.
+
+        The two models answer the same prompts, of which they share the noise, and all of them. Halves are
+        compared at equal terms: base on one with base on the other (the control of model ``base``), and base
+        on one with tuned on the other (of the ``pair``).
+        """
         count = base.shape[1]
         ks = [k for k in TOP if k <= count]
         about = {**self.about("attribution_patching", baseline), "unit": "fraction"}
         found = ranking_agreement(base, tuned, ks, generator=self.draws("rankings"))
-        half: dict[tuple[str, int], list[float]] = {}
-        draws = self.draws("halves")
-        for _ in range(self.nulls if len(base) >= 4 else 0):
-            one, other = (part.mean(0) for part in split_halves(base, draws))
-            for k in ks:
-                half.setdefault(("topk_overlap", k), []).append(topk_overlap(one, other, k).item())
-                half.setdefault(("jaccard", k), []).append(jaccard(one, other, k).item())
-            half.setdefault(("rbo", 0), []).append(rbo(one, other).item())
+        half = self._halves(base, tuned, ks)
         by_chance = {"topk_overlap": chance_overlap, "jaccard": chance_jaccard}
         for quantity, values in (("topk_overlap", found.overlap), ("jaccard", found.jaccard)):
             for i, k in enumerate(ks):
@@ -192,11 +196,11 @@ class HeadRecords:
                 yield estimated(quantity, values.at(i), cell)
                 level = by_chance[quantity](count, k)._replace(n=len(base))
                 yield estimated(quantity, level, {**cell, "control": "chance"})
-                yield from self._half(quantity, half.get((quantity, k)), cell, len(base))
+                yield from self._half(quantity, half, k, cell, len(base) // 2)
         cell = with_params(about, persistence=RBO_PERSISTENCE)
         yield estimated("rbo", found.rbo.at(0), cell)
         yield Record(quantity="rbo", value=chance_rbo(count), n=len(base), **{**cell, "control": "chance"})
-        yield from self._half("rbo", half.get(("rbo", 0)), cell, len(base))
+        yield from self._half("rbo", half, 0, cell, len(base) // 2)
 
     def draws(self, *names: object) -> torch.Generator:
         """Return a generator of its own for something."""
@@ -243,14 +247,36 @@ class HeadRecords:
             cell = {**with_params(about, share=share, draws=self.nulls), "control": "label_swap"}
             yield estimated("concentration", null, cell)
 
+    def _halves(
+        self, base: Tensor, tuned: Tensor, ks: Sequence[int]
+    ) -> dict[tuple[str, int, str], list[float]]:
+        """Compare rankings of random halves, by quantity, k and model: ``base`` with itself, or the pair."""
+        half: dict[tuple[str, int, str], list[float]] = {}
+        draws, both = self.draws("halves"), torch.cat([base, tuned], 1)
+        for _ in range(self.nulls if len(base) >= 4 else 0):
+            first, second = (part.mean(0) for part in split_halves(both, draws))
+            one, (other, theirs) = first[: base.shape[1]], second.split(base.shape[1])
+            for model, x in (("base", other), ("pair", theirs)):
+                for k in ks:
+                    half.setdefault(("topk_overlap", k, model), []).append(topk_overlap(one, x, k).item())
+                    half.setdefault(("jaccard", k, model), []).append(jaccard(one, x, k).item())
+                half.setdefault(("rbo", 0, model), []).append(rbo(one, x).item())
+        return half
+
     def _half(
-        self, quantity: str, values: list[float] | None, about: dict[str, Any], n: int
+        self,
+        quantity: str,
+        halves: dict[tuple[str, int, str], list[float]],
+        k: int,
+        about: dict[str, Any],
+        n: int,
     ) -> Iterator[Record]:
-        if values:
-            x = torch.tensor(values, dtype=torch.float64)
-            low, high = (x.quantile(q).item() for q in (0.05, 0.95))
-            cell = {**with_params(about, draws=len(values)), "control": "split_half", "model": "base"}
-            yield estimated(quantity, Interval(x.mean().item(), low, high, n), cell)
+        for model in ("base", "pair"):
+            if values := halves.get((quantity, k, model)):
+                x = torch.tensor(values, dtype=torch.float64)
+                low, high = (x.quantile(q).item() for q in (0.05, 0.95))
+                cell = {**with_params(about, draws=len(values)), "control": "split_half", "model": model}
+                yield estimated(quantity, Interval(x.mean().item(), low, high, n), cell)
 
 
 def site(head: str) -> str:

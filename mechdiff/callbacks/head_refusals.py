@@ -1,7 +1,8 @@
 """Churn in percentage points of the probability of refusing, from exact exchanges.
 
 The probability is that of the log-odds of refusing, whole openings against complying ones. Every opening is a
-row of its own, so that only the heads with the largest attribution are tried, on a few prompts.
+row of its own, so that only the heads with the largest attribution are tried, on a few prompts. Shares are of
+these heads, the `rows` of a record of group `attribution`, and no shares of all heads.
 """
 
 from __future__ import annotations
@@ -57,4 +58,4 @@ def refusal_churn(
     names = [said(head) for head in heads]
     for model, table in values.items():
         yield from of_refusals.chosen(table, names, "patch", name, model)
-    yield from of_refusals.judged(found["base"], found["tuned"], name, names, "heads", "patch")
+    yield from of_refusals.judged(found["base"], found["tuned"], name, names, "heads", "patch", "attribution")

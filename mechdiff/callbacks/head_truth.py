@@ -3,6 +3,7 @@
 1. The heads with the largest mean attribution and as many drawn from the rest are exchanged one at a time.
    Agreement with the attribution is a correlation over these heads and the overlap of their top ranks; among
    heads chosen by attribution alone it would be flattered, so it stands beside that among the drawn ones.
+   Ranks are `among` the heads that were exchanged, both groups together, not among all heads of the model.
 2. Heads of tuned give way to base's contribution, k of them together, in the order of attribution. The order
    comes from prompts that are not run here, where there are enough; orders at random are the control.
 """
@@ -22,7 +23,7 @@ from mechdiff.errors import FitError
 from mechdiff.functional.cumulative import cumulative, grid_counts, random_order
 from mechdiff.functional.intervals import bootstrap_means
 from mechdiff.functional.overlap import chance_overlap, correlation_of_means, ranking_agreement
-from mechdiff.functional.stats import bootstrap_ratio, measurable
+from mechdiff.functional.stats import Interval, bootstrap_ratio, measurable
 from mechdiff.interventions.head_edges import Head
 from mechdiff.interventions.head_runs import Baseline, clean_states
 from mechdiff.modules.base import estimated, missing
@@ -120,7 +121,7 @@ class HeadTruth:
                 yield estimated("truth_r", r, cell)
         k = min(TOP_OVERLAP, max(1, len(columns) // 2))
         found = ranking_agreement(guess, exact, [k], generator=self.records.draws("overlap", role, name))
-        cell = with_params({**about, "unit": "fraction", "rows": len(columns)}, k=k)
+        cell = with_params({**about, "unit": "fraction", "rows": len(columns)}, k=k, among=len(columns))
         yield estimated("truth_overlap", found.overlap.at(0), cell)
         by_chance = chance_overlap(len(columns), k)._replace(n=len(steps))
         yield estimated("truth_overlap", by_chance, {**cell, "control": "chance"})
@@ -182,10 +183,9 @@ class HeadTruth:
         effect = bootstrap_means((none - curves[:, 0, -1])[:, None], generator=self.records.draws("gap")).at(
             0
         )
-        cell = with_params({**about, "unit": "nats"}, k=count, of="effect")
+        cell = with_params({**about, "unit": self.records.unit}, k=count, of="effect")
         yield estimated("cumulative_effect", effect, cell)
-        size = effect if effect.value >= 0 else effect._replace(value=-effect.value, low=-effect.high)
-        if not measurable(size, noise):
+        if not measurable(_size(effect), noise):
             for k in ks:
                 cell = with_params({**about, "n": n}, k=k, of="all_heads")
                 yield missing("cumulative_effect", "gap_too_small", cell)
@@ -204,12 +204,18 @@ class HeadTruth:
                 yield estimated("cumulative_effect", curve.at(i), with_params(control, k=k, of="all_heads"))
             yield estimated("cpr", area.at(0), control)
             yield estimated("cmd", area.at(1), control)
-        gap = none - base
+        gap = none - base  # of either sign
         cell = with_params(about, k=count, of="gap")
-        if measurable(bootstrap_means(gap[:, None], generator=self.records.draws("full gap")).at(0), noise):
+        whole = bootstrap_means(gap[:, None], generator=self.records.draws("full gap")).at(0)
+        if measurable(_size(whole), noise):
             share = bootstrap_ratio(
                 none - curves[:, 0, -1], gap, generator=self.records.draws("share of the gap")
             )
             yield estimated("cumulative_effect", share, cell)
         else:
             yield missing("cumulative_effect", "gap_too_small", {**cell, "n": n})
+
+
+def _size(gap: Interval) -> Interval:
+    """Return a gap counted in its own direction."""
+    return gap if gap.value >= 0 else Interval(-gap.value, -gap.high, -gap.low, gap.n)

@@ -7,6 +7,7 @@
 4. Exact exchanges beside the estimates, alone and together (`mechdiff.callbacks.head_truth`).
 5. The edges among the highest heads and the logits, and their churn.
 
+Heads count at tokens of the prompt alone, not at those of an answer whose probability is read.
 Attributions say what a head does for the number in its own model. Only exchanges are effects, and only grafts
 and own changes are due to the head's weights; a state patch inherits everything upstream.
 """

@@ -67,7 +67,7 @@ def plot_head_churn(results: Results, out: str | Path | None = None) -> Figure:
     if not heads:
         raise ConfigError("nothing to draw: no head was compared; the models have other numbers of heads")
     certain = by_head(results, quantity="churn_p", **main)
-    shares = [r for r in results.select(quantity="churn", **main) if "of" not in r.params]
+    shares = [r for r in results.select(quantity="churn", of=None, group=None, **main)]
     first = next(iter(heads.values()))
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 6.4), dpi=DPI, layout="constrained")
@@ -104,10 +104,15 @@ def rules_of(results: Results) -> dict[str, list[Record]]:
             found.setdefault(rule, []).append(r)
     main = how(results) if found else {}
     kept = {
-        name: [r for r in found.get(name, []) if main.items() <= r.params.items() and "of" not in r.params]
+        name: [r for r in found.get(name, []) if main.items() <= r.params.items() and _of_all(r)]
         for name in RULES
     }
     return {name: records for name, records in kept.items() if records}
+
+
+def _of_all(record: Record) -> bool:
+    """Say whether a share is one of all heads, not of edges or of a selection of heads."""
+    return not {"of", "group"} & set(record.params)
 
 
 def label_of(rule: str, records: Sequence[Record]) -> str:

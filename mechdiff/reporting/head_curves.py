@@ -26,11 +26,15 @@ RANKINGS = {
 }
 """Quantities that compare two rankings of heads."""
 _BLUE = "#0072B2"
+_HALVES = {
+    "base": (NULLS["split_half"][0], "base and base, other prompts"),
+    "pair": ("D", "base and tuned, other prompts"),
+}
 _CHANCE: dict[str, Any] = {"color": GREY, "marker": "_", "markersize": 12, "markeredgewidth": 1.6}
 
 
 def plot_head_overlap(results: Results, out: str | Path | None = None) -> Figure:
-    """Draw how alike the two models rank their heads, with chance and the halves of one model.
+    """Draw how alike the two models rank their heads, with chance and halves of the prompts.
 
     Args:
         results: Table of a run on heads.
@@ -57,14 +61,17 @@ def plot_head_overlap(results: Results, out: str | Path | None = None) -> Figure
         handles = [
             Line2D([], [], color=_BLUE, marker="o", markersize=5, linestyle="none", label="base and tuned"),
             Line2D([], [], **_CHANCE, linestyle="none", label="chance, with its range"),
-            Line2D(
-                [], [], marker=NULLS["split_half"][0], linestyle="none", label="halves of one model", **style
+            *(
+                Line2D([], [], marker=marker, linestyle="none", label=label, **style)
+                for marker, label in _HALVES.values()
             ),
         ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=7)
+        figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=7)
         n = next(r.n for records in found.values() for r in records if r.control == "none")
         more = "Heads ranked by the size of their mean effect. Lines: 95 % intervals over prompts; "
         more += "of halves and chance: 5th to 95th and 2.5th to 97.5th percentile."
+        if any(r.control == "split_half" for records in found.values() for r in records):
+            more += " Squares and diamonds: two random halves of the prompts, to be compared with each other."
         caption(figure, results, f"{said(main).capitalize()}. n = {n} prompts. {more}")
         return finish(figure, out)
 
@@ -159,6 +166,9 @@ def plot_head_truth(results: Results, out: str | Path | None = None) -> Figure:
         n = " to ".join(str(n) for n in sorted({min(r.n for r in exact), max(r.n for r in exact)}))
         metric = SAID.get(exchanges[0][1], exchanges[0][1])
         more = f"n = {n} prompts. [ ] and lines: 95 % intervals over prompts."
+        overlaps = results.select(quantity="truth_overlap", control="none")
+        if sizes := sorted({int(r.params["among"]) for r in overlaps if "among" in r.params}):
+            more += f" Overlap: of ranks among the {' to '.join(map(str, sizes))} heads patched."
         if not results.select(quantity="head_attribution", subset="patched"):
             more += " Estimates may be over more prompts; r and overlap are over the same."
         caption(figure, results, f"Effect on the {metric}; truth: the head is patched. {more}")
@@ -181,11 +191,12 @@ def _ranking(axes: Axes, records: Sequence[Record]) -> None:
             axes.plot(x, r.value, **_CHANCE)
             continue
         half = r.control == "split_half"
-        x += 0.18 if half else 0
+        x += {"base": 0.18, "pair": 0.32}[r.model] if half else 0
         if r.low is not None and r.high is not None:
             axes.vlines(x, r.low, r.high, color="black" if half else _BLUE, linewidth=0.7 if half else 1.4)
         if half:
-            axes.plot(x, r.value, marker="s", mfc="white", mec="black", mew=0.8, markersize=4.5)
+            marker = _HALVES[r.model][0]
+            axes.plot(x, r.value, marker=marker, mfc="white", mec="black", mew=0.8, markersize=4.5)
         else:
             axes.plot(x, r.value, marker="o", color=_BLUE, markersize=5)
     axes.set_xlim(-0.6, len(ks) - 0.4)

@@ -57,8 +57,8 @@ def how(results: Results) -> dict[str, Any]:
 
 
 def by_head(results: Results, **where: Any) -> dict[Place, Record]:
-    """Return records of single heads by place; those of some prompts only if ``subset`` asks for them."""
-    found = results.select(question="rq4", control="none", **{"subset": None, **where})
+    """Return records of single heads by place; controls or those of some prompts only where asked for."""
+    found = results.select(question="rq4", **{"control": "none", "subset": None, **where})
     return {place_of(r): r for r in found if "head" in r.params}
 
 

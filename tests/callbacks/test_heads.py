@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mechdiff.callbacks.head_cases import contrast_tokens, find_cases
+from mechdiff.callbacks.head_cases import find_cases
 from mechdiff.callbacks.heads import Heads
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.modules import HeadComparison
@@ -61,8 +61,8 @@ NAMES = {f"{layer}.{head}" for layer, head in FLIPPED}
 
 
 def test_turned_heads_rank_first_by_their_own_change_and_all_others_read_0() -> None:
-    for metric, method in (("norm", "graft"), ("logit_diff", "attribution_patching")):
-        about = {"kind": "own", "metric": metric, "method": method}
+    for metric, method in (("norm", "own_change"), ("logit_diff", "attribution_patching")):
+        about = {"metric": metric, "method": method}
         plain = by_head(planted(), quantity="head_own_change", **about)
         assert len(plain) == 16
         assert first(plain) == NAMES
@@ -72,17 +72,22 @@ def test_turned_heads_rank_first_by_their_own_change_and_all_others_read_0() -> 
 def test_turned_heads_rank_first_by_graft_and_others_recover_nothing() -> None:
     found = by_head(planted(), quantity="graft_recovery")
     assert len(found) == 6
+    drawn = {head for head, r in found.items() if r.control == "random"}
+    assert {head for head, r in found.items() if r.params["group"] == "random"} == drawn
+    assert len(drawn) == 2
+    assert not drawn & NAMES
     assert first(found) == NAMES
     for head, r in found.items():
         assert r.value is not None
         assert abs(r.value) > 1e-3 if head in NAMES else abs(r.value) < 1e-5
-        assert head in r.params["group"]
+        assert head in r.params["shares_kv"]
     exact = by_head(planted(), quantity="head_own_change", method="patch")
     assert {head for head, r in exact.items() if abs(r.value) > 1e-6} == NAMES
+    assert {head for head, r in exact.items() if r.control == r.params["group"] == "random"} == drawn
 
 
 def test_what_a_head_inherits_is_not_its_own_change() -> None:
-    inherited = by_head(planted(), quantity="head_own_change", kind="inherited", metric="norm")
+    inherited = by_head(planted(), quantity="head_inherited", metric="norm")
     assert all(r.value > 0 for head, r in inherited.items() if head[0] == "3")  # above the turned heads
     assert inherited["0.0"].value == 0
 
@@ -107,6 +112,7 @@ def test_every_quantity_of_the_question_has_its_controls() -> None:
     assert {r.quantity for r in results} == {
         "head_attribution",
         "head_own_change",
+        "head_inherited",
         "graft_recovery",
         "completeness_error",
         "churn",
@@ -122,11 +128,10 @@ def test_every_quantity_of_the_question_has_its_controls() -> None:
         "truth_overlap",
         "concentration",
     }
-    controls = {q: {r.control for r in results.select(quantity=q)} for q in ("churn", "rbo", "cpr")}
+    controls = {q: {r.control for r in results.select(quantity=q)} for q in ("churn", "rbo")}
     assert controls == {
         "churn": {"none", "label_swap", "split_half"},
         "rbo": {"none", "chance", "split_half"},
-        "cpr": {"none", "random"},
     }
     edges = [r for r in results.select(quantity="churn", of="edges") if r.control == "none"]
     assert {r.params.get("floor_from") for r in edges} == {"seed", "label_swap", "curve", None}
@@ -138,8 +143,8 @@ def test_the_estimate_agrees_with_exact_exchanges() -> None:
     (r,) = planted().select(quantity="truth_r", model="tuned", baseline="resample", group="all")
     assert r.rows == 8
     assert r.value > 0.8
-    whole = planted().select(quantity="cumulative_effect", of="all_heads", k=16, control="none")
-    assert [r.value for r in whole] == [1.0]
+    found = planted().select(quantity="truth_overlap", model="tuned", baseline="resample")
+    assert [(r.params["k"], r.params["among"]) for r in found] == [(4, 8)] * 2
 
 
 def test_equal_models_read_0_everywhere() -> None:
@@ -148,6 +153,7 @@ def test_equal_models_read_0_everywhere() -> None:
     for quantity in ("churn", "churn_bh", "concentration"):
         assert {r.value for r in results.select(quantity=quantity, control="none")} == {0.0}
     assert {r.value for r in results.select(quantity="head_own_change")} == {0.0}
+    assert {r.value for r in results.select(quantity="head_inherited")} == {0.0}
     assert {r.value for r in results.select(quantity="head_attribution", model="pair")} == {0.0}
     assert {r.value for r in results.select(quantity="rbo", control="none")} == {1.0}
     for quantity in ("graft_recovery", "cpr", "cmd"):
@@ -166,7 +172,7 @@ def test_rounded_weights_stay_under_the_floor() -> None:
     results = run(base, plant_null(base, "bf16")[0], **options)
     for r in results.select(quantity="churn", floor_from="seed", control="none"):
         assert (r.value, r.high) == (0.0, 0.0)
-    assert all(r.value < 0.02 for r in results.select(quantity="head_own_change", metric="norm", kind="own"))
+    assert all(r.value < 0.02 for r in results.select(quantity="head_own_change", metric="norm"))
 
 
 def test_models_with_other_heads_are_described_but_not_compared() -> None:
@@ -203,6 +209,10 @@ def test_the_churn_of_two_pairs_is_contrasted(tmp_path) -> None:
     assert (r.value, r.low, r.high) == (-1.0, -1.0, -1.0)  # a copied pair has none
     assert r.n == 16  # 8 of each pair
     assert r.flags == ("one_sibling_per_class",)
+    assert r.params["floor_from"] == "label_swap"
+    theirs, mine = r.params["floors"]  # in the order of `pairs`
+    assert 0 < theirs < 1
+    assert mine == 0
     pq.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "items.parquet")
     with pytest.raises(ConfigError, match="whose models have different heads or none"):
         run(base, plant_null(base)[0], contrast=str(tmp_path), **quick)
@@ -241,18 +251,28 @@ def test_other_numbers(metric: str, tmp_path) -> None:
     (r,) = results.select(quantity="truth_r", model="tuned", baseline="resample", group="all")
     assert r.value > 0.8
     assert r.params["metric"] == metric
-    assert r.value > 0.8
+    if metric == "kl_other":  # a gap of one sign on every prompt
+        whole = results.select(quantity="cumulative_effect", of="all_heads", k=16, control="none")
+        assert [r.value for r in whole] == [1.0]
+        assert {r.control for r in results.select(quantity="cpr")} == {"none", "random"}
     points = results.select(quantity="churn", metric="refusal", floor_from="seed", control="none")
     assert [r.params["floor"] for r in points] == [5.0]
     heads = results.select(quantity="head_attribution", metric="refusal", method="patch", model="pair")
     assert len(heads) == 2 * (metric == "kl_other")
+    judged = [r for r in results if r.quantity.startswith("churn") and r.params["method"] == "patch"]
+    assert bool(judged) == (metric == "kl_other")
+    assert all((r.rows, r.params["group"]) == (2, "attribution") for r in judged)
     assert {r.unit for r in results.select(quantity="head_attribution", metric="refusal")} == {"pp"}
 
 
-def test_the_tokens_of_the_difference() -> None:
-    base, tuned = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.3, 0.5]).log()
-    assert contrast_tokens(base, tuned) == (2, 0)
-    assert contrast_tokens(base, base) == (0, 1)
+def test_swapped_models_turn_the_difference_and_nothing_else() -> None:
+    base = toys.loaded()
+    tuned = plant_heads(base, FLIPPED)[0]
+    options = dict.fromkeys([*QUICK, "integrated_prompts"], 0) | {"orders": 0}
+    about = {"quantity": "head_attribution", "model": "pair"}
+    there, back = (by_head(run(*both, **options), **about) for both in ((base, tuned), (tuned, base)))
+    assert {head: r.value for head, r in there.items()} == {head: -r.value for head, r in back.items()}
+    assert any(r.value for r in there.values())
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,20 @@ Figures draw the combination of the first ``head_attribution`` of the pair, so t
 | quantity | where | params beside these |
 |---|---|---|
 | head_attribution | head; model base, tuned, pair (tuned − base) | method ``patch``: group ``attribution`` or ``random``; subset ``patched``: the estimate over the patched prompts alone |
-| head_own_change | head | metric ``norm`` or the target; kind ``own`` or ``inherited`` |
-| graft_recovery | head | method ``graft``, baseline ``weights``, metric ``recovery``; group: heads that change with it |
+| head_own_change | head; method ``own_change`` | metric ``norm`` or the target; kind ``own`` |
+| head_inherited | head; method ``state_difference``, baseline ``other_model`` | the same; kind ``inherited`` |
+| graft_recovery | head | method ``graft``, baseline ``weights``, metric ``recovery``, group ``own_change`` or ``random`` (control random); shares_kv: heads that change with it |
 | completeness_error | head_out.<layer> without head, per model | |
 | churn_p | head: family-wise p of one head | |
 | churn | share; controls label_swap (pair), split_half (base, tuned): mean, 5th to 95th percentile of draws | rule ``bound``: floor, floor_from ``seed``, ``label_swap``, ``curve``; rule ``z``: floor 2.0, flag grows_with_n |
 | churn_bh, churn_p | share of heads with adjusted p of at most ``level`` | level |
-| topk_overlap, jaccard | base against tuned; control chance (exact range), split_half | k |
+| topk_overlap, jaccard | base against tuned; control chance (exact range), split_half (base: of itself, pair: of tuned) | k |
 | rbo | the same | persistence |
 | cumulative_effect | control random: mean of draws, 5th to 95th percentile | k; of ``all_heads``, or ``gap`` at the last k |
 | cpr, cmd | control random | |
 | concentration | number of heads; control label_swap | share |
 | truth_r | method ``patch``; over heads tried, per model patched | group ``all``, ``attribution``, ``random`` |
-| truth_overlap | | k |
+| truth_overlap | | k; among: number of heads patched |
 | churn_difference | of two pairs; flag one_sibling_per_class | pairs, rule, floor_from |
 
 Edges have the records of churn, with ``of`` = ``edges``.
@@ -90,14 +91,17 @@ def _heads(rng: random.Random) -> list[Record]:
                 spread = 0.02 + 0.25 * abs(value)
                 found.append(_record("head_attribution", value, spread, model=model, params=name, **where))
             own = abs(change) if (layer, head) in CHANGED else 0.0
-            own_norm = {"params": {**name, "metric": "norm", "kind": "own"}, "unit": "fraction"}
+            norm = {**name, "metric": "norm"}
+            own_norm = {"params": {**norm, "method": "own_change", "kind": "own"}, "unit": "fraction"}
             found.append(_record("head_own_change", own, 0.1 * own, site=where["site"], **own_norm))
-            whole = {"params": {**name, "metric": "norm", "kind": "inherited"}, "unit": "fraction"}
-            found.append(_record("head_own_change", own + 0.05, 0.02, site=where["site"], **whole))
+            whole = {"params": {**norm, "method": "state_difference", "kind": "inherited"}}
+            found.append(_record("head_inherited", own + 0.05, 0.02, site=where["site"], **whole))
             if own or (layer % 4, head) == (0, 2):
-                group = [f"{layer}.{h}" for h in range(head - head % 3, head - head % 3 + 3)]
+                shared = [f"{layer}.{h}" for h in range(head - head % 3, head - head % 3 + 3)]
                 graft = {**name, "method": "graft", "baseline": "weights", "metric": "recovery"}
-                about: dict[str, Any] = {"site": where["site"], "params": {**graft, "group": group}}
+                drawn = {"group": "own_change" if own else "random", "shares_kv": shared}
+                about: dict[str, Any] = {"site": where["site"], "params": {**graft, **drawn}}
+                about["control"] = "none" if own else "random"
                 value = None if layer == 28 else 0.3 * own
                 found.append(_record("graft_recovery", value, 0.04, **about))
             found.append(_record("churn_p", 0.001 if own else 0.4, site=where["site"], unit="p", params=name))
@@ -161,9 +165,11 @@ def _rankings() -> list[Record]:
             about: dict[str, Any] = {"control": "chance", "low": 0.0, "high": 3 * chance}
             found.append(_record(quantity, chance, params={"k": k}, **about))
             found.append(_null("split_half", 0.62, "base", quantity, k=k))
+            found.append(_null("split_half", 0.58, "pair", quantity, k=k))
     found.append(_record("rbo", 0.71, 0.07, params={"persistence": 0.9}))
     found.append(_record("rbo", 0.037, control="chance", params={"persistence": 0.9}))
     found.append(_null("split_half", 0.55, "base", "rbo", persistence=0.9))
+    found.append(_null("split_half", 0.5, "pair", "rbo", persistence=0.9))
     return found
 
 
@@ -202,5 +208,5 @@ def _truth(rng: random.Random) -> list[Record]:
             rows = 64 if group == "all" else 32
             about = {"model": model, "unit": "correlation", "rows": rows}
             found.append(_record("truth_r", value, 0.05, params={**PATCH, "group": group}, **about))
-        found.append(_record("truth_overlap", 0.9, 0.08, model=model, params={**PATCH, "k": 20}))
+        found.append(_record("truth_overlap", 0.9, 0.08, model=model, params={**PATCH, "k": 20, "among": 64}))
     return found

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mechdiff.errors import ConfigError
 from mechdiff.reporting.figures import drawable
-from mechdiff.reporting.head_churn import plot_head_churn
+from mechdiff.reporting.head_churn import plot_head_churn, rules_of
 from mechdiff.reporting.head_curves import plot_cumulative, plot_head_overlap, plot_head_truth
 from mechdiff.reporting.head_grafts import plot_head_grafts
 from mechdiff.reporting.heads import by_head, how, plot_head_maps
@@ -154,12 +154,26 @@ def test_too_few_prompts_are_named_in_place_of_every_bar(results: Results) -> No
     assert head_table(few).row_count == 5
 
 
+def test_shares_of_selected_heads_do_not_stand_among_those_of_all(results: Results) -> None:
+    few = [
+        replace(r, value=1.0, low=1.0, high=1.0, rows=6, params={**r.params, "group": "attribution"})
+        for r in results
+        if r.quantity in ("churn", "churn_p", "churn_bh", "concentration") and "head" not in r.params
+    ]
+    both = Results([*results, *few], results.provenance)
+    assert rules_of(both) == rules_of(results)
+    assert bars(plot_head_churn(both).axes[1]) == bars(plot_head_churn(results).axes[1])
+    assert head_table(both).caption == head_table(results).caption
+
+
 def test_rankings_stand_beside_chance_and_halves(results: Results) -> None:
     overlap, jaccard, rbo = plot_head_overlap(results).axes
     for axes, quantity in ((overlap, "topk_overlap"), (jaccard, "jaccard"), (rbo, "rbo")):
-        for control, marker in (("none", "o"), ("chance", "_"), ("split_half", "s")):
+        marks = {"o": {"control": "none"}, "_": {"control": "chance"}}
+        marks |= {m: {"control": "split_half", "model": model} for m, model in (("s", "base"), ("D", "pair"))}
+        for marker, where in marks.items():
             drawn = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == marker]
-            assert drawn == [r.value for r in results.select(quantity=quantity, control=control)]
+            assert drawn == [r.value for r in results.select(quantity=quantity, **where)]
     assert [t.get_text() for t in overlap.get_xticklabels()] == ["5", "10", "20", "32"]
 
 
@@ -189,6 +203,7 @@ def test_estimates_are_paired_with_the_truth_of_their_head(results: Results) -> 
     assert "may be over more prompts" not in texts(figure)
     assert "r = 0.93 [0.88, 0.98]" in texts(figure)
     assert "top-20 overlap = 0.90 [0.82, 0.98]" in texts(figure)
+    assert "Overlap: of ranks among the 64 heads patched" in texts(figure)
     mixed = plot_head_truth(Results([r for r in results if "subset" not in r.params]))
     assert "Estimates may be over more prompts" in texts(mixed)
     one = Results([r for r in results if r.params.get("method") != "patch" or r.model == "tuned"])
@@ -203,6 +218,9 @@ def test_grafts_stand_in_the_order_of_own_change(results: Results) -> None:
     assert labels[: len(changed)] == [f"{layer}.{head}" for layer, head in changed]
     assert bars(upper)[: len(changed)] == pytest.approx([0.3 * abs(CHANGED[place]) for place in changed])
     assert bars(lower)[: len(changed)] == pytest.approx([abs(CHANGED[place]) for place in changed])
+    colours = [b.get_facecolor() for c in lower.containers if isinstance(c, BarContainer) for b in c]
+    assert len(set(colours[: len(changed)])) == 1
+    assert colours[0] not in colours[len(changed) :]  # heads drawn at random
     assert texts(figure).count("gap too small") == 1
     assert "share keys and values" in texts(figure)
 

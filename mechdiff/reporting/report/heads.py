@@ -35,7 +35,7 @@ SHARES: dict[str, tuple[str, bool]] = {
 """Quantities of all heads together, and whether more than their controls is a claim."""
 CELL = ("rule", "floor", "floor_from", "share", "k", "persistence", "level")
 """Parameters that tell one share from another, besides how it was measured."""
-KEPT = ("rule", "floor_from", "share", "k", "of")
+KEPT = ("rule", "floor_from", "share", "k", "among", "of")
 METHOD = (
     "Every head is attributed in both models on the same prompts (gradient × activation on its "
     "contribution to the "
@@ -103,10 +103,11 @@ def _panel(view: View) -> Panel:
 def _largest(view: View) -> list[Table]:
     found, own = changes(view), changes(view, "head_own_change")
     ordered = sorted(found, key=lambda at: -abs(found[at].value or 0.0))[:TOP]
+    about = {"control": "none", **family(view)}
     rows: list[list[Cell]] = []
     for at in ordered:
         r = found[at]
-        p = view.pair.one("rq4", quantity="churn_p", control="none", head=f"{at[0]}.{at[1]}")
+        p = view.pair.one("rq4", quantity="churn_p", head=f"{at[0]}.{at[1]}", **about)
         cells: list[Cell] = [
             [view.number(r)],
             [mark(judge_p(p))],
@@ -196,7 +197,9 @@ def _shares(view: View) -> list[Table]:
             beside = nulls(view, r)
             cell: list[Inline] = []
             for c in beside[:3]:
-                cell += ["; " if cell else "", f"{named(c)} ", view.number(c)]
+                halves = (c.control, c.model) == ("split_half", "pair")
+                name = "split half (base and tuned)" if halves else named(c)
+                cell += ["; " if cell else "", f"{name} ", view.number(c)]
             kept = [f"{words(k)} {words(r.params[k])}" for k in KEPT if r.params.get(k) is not None]
             kept += [] if r.model == "pair" else [r.model, words(r.params.get("baseline"))]
             about = ", ".join([*kept, *map(words, r.flags)])
