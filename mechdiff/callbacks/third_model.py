@@ -43,7 +43,7 @@ def similarities(
     for site in sites:
         states = {role: torch.stack([s.states[i][site][-1] for i in chosen]) for role, s in sides.items()}
         about: dict[str, Any] = {"question": "rq1", "site": str(site), "positions": "last"}
-        about |= {"split": "eval", "unit": "fraction", "model": "reference", "n": len(chosen)}
+        about |= {"split": prompts[0].split, "unit": "fraction", "model": "reference", "n": len(chosen)}
         for within in (None, classes):
             centred = {"centred": "class+lang"} if within else {}
             for quantity in ("cka", "cka_debiased"):
