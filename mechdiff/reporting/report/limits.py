@@ -22,6 +22,7 @@ FLAGS = {
     "few_rows": "fewer rows than dimensions",
     "beyond_bound": "a side effect exceeds its bound",
     "shared_rows": "embeddings were exchanged for shared tokens only",
+    "no_stereotyped_answer": "some items have no stereotyped answer and were left out of bias scores",
     "too_long": "some prompts did not fit the context",
 }
 
