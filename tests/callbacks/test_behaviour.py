@@ -31,6 +31,10 @@ OPENINGS = {
     "en": (["I would rather not", "not my place"], ["of course", "here is a story"]),
     "kk": (["айта алмаймын", "бас тартамын"], ["міне, айтып берейін", "әрине"]),
 }
+OPENINGS = {
+    lang: tuple([f"{text}{end}" for text in texts for end in (".", "!", ",", ":")] for texts in kinds)
+    for lang, kinds in OPENINGS.items()
+}
 WORD = {"question": "tell me two and {n}?", "answer": "They add up. #### {n}2"}
 CHOICE = {"question": "what is chess {n}?", "A": "a game", "B": "old bread", "C": "wool", "D": "қар"}
 
@@ -193,7 +197,7 @@ def test_refusal_log_odds_are_those_of_whole_sequences_with_and_without_masking(
                 ids = [int(both.shared.tuned_ids[place[i]]) for i in theirs]
                 assert loaded.tokenizer.decode(ids) == text
             scores.append(plainly(loaded, context, ids, shared if masked else None))
-        odds = torch.tensor(scores).double().reshape(2, 2).logsumexp(1)
+        odds = torch.tensor(scores).double().reshape(2, -1).logsumexp(1)
         assert item.value == pytest.approx(float(odds[0] - odds[1]), abs=1e-4)
         checked += 1
     assert checked == 16  # two models, two languages, two classes, masked and not

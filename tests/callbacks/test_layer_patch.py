@@ -22,9 +22,9 @@ from mechdiff.pairs.organisms import plant_null, plant_weights
 from mechdiff.results import Results
 from tests.callbacks.pairs import pair, prompts
 from tests.toys import SYSTEM, loaded
+from tests.workspace import OPENINGS
 
 ALL = [f"resid_post.{layer}" for layer in range(4)]
-OPENINGS = [("refuse", "please no"), ("refuse", "why do"), ("comply", "tell me"), ("comply", "list facts")]
 
 
 class Ranked(Divergence):
@@ -250,7 +250,7 @@ def test_arms_equal_the_whole_model_under_a_hook(measured):
 def test_effects_equal_the_whole_model_under_a_hook(measured):
     both, texts = measured[0], prompts()[::3]
     patcher, index = patcher_of(both, texts), 2
-    graded = refusing(([OPENINGS[0][1], OPENINGS[1][1]], [OPENINGS[2][1], OPENINGS[3][1]]))
+    graded = refusing(tuple([t for k, t in OPENINGS if k == kind][:2] for kind in ("refuse", "comply")))
     cells = [(Site(i), arm, w) for i in (0, 2) for arm in ("raw", "random") for w in ("last", "all")]
     clean, nats = patcher.readings(index, graded, cells)
     model, ids = both.tuned.model, patcher.recipient.ids(index)
