@@ -78,13 +78,13 @@ def test_the_two_most_different_layers_are_proposed(found):
     assert [r.site for r in chosen] == order[:2]
     assert [r.value for r in chosen] == [Site.parse(site).layer for site in order[:2]]
     assert [r.params["divergence"] for r in chosen] == [ranking[site] for site in order[:2]]
-    assert not any(r.flags for r in chosen)
+    assert {r.flags for r in chosen} == {("chosen_on_eval",)}  # all prompts were tested
 
 
 def test_a_copy_proposes_nothing_worth_it(tmp_path):
     data = planted(tmp_path, lambda x, site: x, sites=3, test_all=True)
     results = outcome(Divergence(**widths(data)), data)
-    assert {r.flags for r in results.select(quantity="chosen_layer")} == {("gap_too_small",)}
+    assert {r.flags for r in results.select(quantity="chosen_layer")} == {("gap_too_small", "chosen_on_eval")}
 
 
 @pytest.mark.parametrize("quantity", ["cka", "cka_debiased"])

@@ -16,7 +16,7 @@ from mechdiff.reporting.report.where import BEHAVIOURS
 
 FLAGS = {
     "rankings_disagree": "divergence and patching rank the layers differently",
-    "chosen_on_eval": "layers were chosen on the prompts that are reported on",
+    "chosen_on_eval": "the prompts that layers were chosen on include those that are reported on",
     "unaligned_prompts": "some prompts had no aligned position and were left out",
     "lambda_edge": "the best ridge strength lies at the edge of the grid",
     "few_rows": "fewer rows than dimensions",
