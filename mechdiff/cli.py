@@ -285,6 +285,8 @@ class MechdiffCLI(LightningCLI):
         stores = {role: store.identity.key for role, store in self.stores.items()}
         origin = provenance(self.pair, self.cfg.seed_everything, stores)
         origin["layers"] = prepare.source_of_layers(self.cfg.layers)
+        for evaluation in evaluations:
+            origin |= evaluation.origin
         results = Results(records, origin)
         items = [asdict(item) for e in evaluations for item in e.items]
         write_run(

@@ -37,6 +37,10 @@ class FitError(UsageError):
     """A map cannot be fitted to what it was given."""
 
 
+class FewPromptsError(FitError):
+    """Too few prompts for what is to be estimated."""
+
+
 class CheckpointError(UsageError):
     """A checkpoint is missing or belongs to another pair, layer or class."""
 

@@ -64,6 +64,9 @@ def test_a_run_answers_the_question_and_leaves_its_parts(measured: Path) -> None
         "coverage",
     }
     assert {r.site for r in results.select(quantity="cka", split="all")} == {"resid_post.0", "resid_post.2"}
+    told = results.provenance["benchmarks"]
+    assert set(told) == set(results.provenance["pair"]["benchmarks"])
+    assert all(b["revision"] is None and len(b["digest"]) == 16 for b in told.values())  # local files
     figures = {"divergence.png", "divergence_matrix.png", "layer_patch.png", "behaviour.png", "grafts.png"}
     assert {p.name for p in (measured / "figures").iterdir()} == figures
     assert (measured / "items.parquet").is_file()

@@ -16,7 +16,12 @@ from tests.models import tiny_config
 from tests.toys import PLAIN, prompts, tokenizer
 
 ROOT = Path(__file__).parents[1]
-OPENINGS = [("refuse", "please no"), ("refuse", "why do"), ("comply", "tell me"), ("comply", "list facts")]
+OPENINGS = [
+    (kind, " ".join([start, end]))
+    for kind, starts in (("refuse", ("please no", "why do")), ("comply", ("tell me", "list facts")))
+    for start in starts
+    for end in ("now", "on snow", "in May", "so much")
+]
 
 
 def save_model(

@@ -69,6 +69,7 @@ class CausalEvaluation(Callback):
     def __init__(self) -> None:
         self.results: list[Record] = []
         self.items: list[Item] = []
+        self.origin: dict[str, Any] = {}  # what else the numbers come from, for the provenance of the run
         self.progress = False
         self._pair: Callable[[], LoadedPair] | None = None
         self._prompts: Sequence[Prompt] = ()

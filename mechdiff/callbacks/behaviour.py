@@ -153,6 +153,10 @@ class Behaviour(CausalEvaluation):
         sources = pair.spec.benchmarks
         limits = dict.fromkeys(sources, self.max_items) if self.max_items else None
         found = load_benchmarks(sources, limits=limits, seed=self.seed)
+        self.origin["benchmarks"] = {
+            name: {"source": data.source, "revision": data.revision, "digest": data.digest}
+            for name, data in found.items()
+        }
         return {
             name: [permute_options(i, self.seed) if self.permute and i.options else i for i in data.items]
             for name, data in found.items()

@@ -19,7 +19,7 @@ import torch
 
 from mechdiff.callbacks.observations import Observation
 from mechdiff.callbacks.refusal import NOT_SHARED, TOO_LONG
-from mechdiff.data.benchmarks.bias import outcome
+from mechdiff.data.benchmarks.bias import bias_share, outcome
 from mechdiff.data.benchmarks.items import Item, majority_letter
 from mechdiff.data.benchmarks.maths import MathJudge
 from mechdiff.data.benchmarks.scoring import Scored, score_math, score_number
@@ -37,6 +37,8 @@ from mechdiff.pairs.voice import Spoken, Voice
 
 UNPARSED = "unparsed"
 """Why an answer counts as wrong that may be right; how many there are is a quantity of its own."""
+NO_STEREOTYPE = "no_stereotyped_answer"
+"""Why an item counts for no bias score: its groups do not tell which answer is the biased one."""
 RATES = ("mc_acc", "mc_acc_norm", "mc_acc_bytes")
 
 
@@ -136,27 +138,16 @@ def _multiple_choice(
 def _bias(
     item: Item, choice: Choice | None, reason: str | None, params: Mapping[str, Any]
 ) -> Iterator[Observation]:
-    """Observe s_AMB and s_DIS.
-
-    In ambiguous contexts every answer but "unknown" is wrong, so that s_AMB is a plain mean.
-    """
-    seen = (
-        outcome(item, choice.chosen_norm if params["format"] == "cloze" else choice.chosen)
-        if choice
-        else None
-    )
-    condition = str(item.meta["condition"])
-    value = None if seen is None else 0.0 if seen.unknown else 2.0 * seen.biased - 1.0
-    weight = 1.0 if seen is None or condition == "ambig" else float(not seen.unknown)
-    yield Observation(
-        "bias_score",
-        item.id,
-        value,
-        "score",
-        {**params, "condition": condition},
-        weight=weight,
-        reason=reason,
-    )
+    """Observe what an answer adds to s_AMB or s_DIS."""
+    seen = None
+    if choice is not None:
+        seen = outcome(item, choice.chosen_norm if params["format"] == "cloze" else choice.chosen)
+    share = None if seen is None else bias_share(seen)
+    if seen is not None and share is None:
+        reason = NO_STEREOTYPE
+    value, weight = (None, 1.0) if share is None else share
+    cell = {**params, "condition": str(item.meta["condition"])}
+    yield Observation("bias_score", item.id, value, "score", cell, weight=weight, reason=reason)
 
 
 def _match(

@@ -23,6 +23,9 @@ from mechdiff.functional.metrics import logodds
 
 Openings = tuple[list[str], list[str]]  # refusing, complying
 
+MIN_OPENINGS = 8
+"""Openings of a kind and language: fewer say more about their wording than about what they open."""
+
 
 @dataclass(frozen=True)
 class Graded:
@@ -65,7 +68,8 @@ def read_openings(path: Path) -> dict[str, Openings]:
     """Read refusing and complying openings by language.
 
     Raises:
-        PromptError: If the file is missing or malformed, or a language lacks one of the two kinds.
+        PromptError: If the file is missing or malformed, or the two kinds of a language are not as many, or
+            fewer than `MIN_OPENINGS`.
     """
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"refuse": [], "comply": []})
     try:
@@ -85,5 +89,11 @@ def read_openings(path: Path) -> dict[str, Openings]:
         if not all(texts and all(texts) for texts in kinds.values()):
             raise PromptError(
                 f"{path} needs openings of both kinds, refuse and comply, for {lang!r} (key: pair.openings)"
+            )
+        counts = {kind: len(texts) for kind, texts in kinds.items()}
+        if len(set(counts.values())) > 1 or min(counts.values()) < MIN_OPENINGS:
+            raise PromptError(
+                f"{path} has {counts['refuse']} refusing and {counts['comply']} complying openings "
+                f"for {lang!r}; allowed: as many of both, {MIN_OPENINGS} or more (key: pair.openings)"
             )
     return {lang: (kinds["refuse"], kinds["comply"]) for lang, kinds in found.items()}

@@ -105,13 +105,13 @@ class Grafts(CausalEvaluation):
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
         """Graft in both directions; nothing fitted is used."""
         rows = shared_rows(pair)
-        check_same_architecture(pair.tuned.model, pair.base.model, rows)
+        backwards = None if rows is None else rows[::-1]
+        check_same_architecture(pair.tuned.model, pair.base.model, backwards)
         kept = self.kept(pair, prompts, self.max_prompts)[0]
         base, tuned = (
             Side(m, SuffixEngine(m.model), ids.to(m.device), [encode(m.tokenizer, p.text) for p in kept])
             for m, ids in ((pair.base, pair.shared.base_ids), (pair.tuned, pair.shared.tuned_ids))
         )
-        backwards = None if rows is None else rows[::-1]
         clean = {"base": self._distributions(base), "tuned": self._distributions(tuned)}
         yield from self._grafted(kept, tuned, pair.base, clean["base"], backwards, "base_into_tuned")
         yield from self._grafted(kept, base, pair.tuned, clean["tuned"], rows, "tuned_into_base")

@@ -36,7 +36,7 @@ def effects(
     where: Sequence[Where],
     most: int,
 ) -> Iterator[Effect]:
-    """Patch the prompts that hold all states: the arms where there are controls, and the donor's elsewhere.
+    """Patch prompts that can be: the arms where there are controls, and the donor's elsewhere.
 
     Args:
         prompts: What the patcher's sides have read.
@@ -53,9 +53,7 @@ def effects(
     able = [
         p
         for i, p in enumerate(prompts)
-        if grades(p, openings)
-        and len(patcher.recipient.states[i]) >= len(patcher.sites)
-        and all(i in patcher.patched(w) for w in where)
+        if grades(p, openings) and all(i in patcher.patched(w) for w in where)
     ]
     for p in spread(able, most):
         for graded in grades(p, openings):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechdiff.callbacks.patcher import Side
 from mechdiff.data.prompts import Prompt
-from mechdiff.errors import FitError
+from mechdiff.errors import FewPromptsError, FitError
 from mechdiff.functional.cka import cka_contrast
 from mechdiff.functional.stats import bootstrap_sums
 from mechdiff.interventions.sites import Site
@@ -43,7 +43,7 @@ def similarities(
     for site in sites:
         states = {role: torch.stack([s.states[i][site][-1] for i in chosen]) for role, s in sides.items()}
         about: dict[str, Any] = {"question": "rq1", "site": str(site), "positions": "last"}
-        about |= {"split": "eval", "unit": "fraction", "model": "reference", "n": len(chosen)}
+        about |= {"split": prompts[0].split, "unit": "fraction", "model": "reference", "n": len(chosen)}
         for within in (None, classes):
             centred = {"centred": "class+lang"} if within else {}
             for quantity in ("cka", "cka_debiased"):
@@ -85,6 +85,8 @@ def _further(
         found = cka_contrast(
             states["reference"], states["tuned"], states["base"], debiased=debiased, within=within
         )
+    except FewPromptsError:  # in any class
+        return missing(quantity, "too_few_prompts", about)
     except FitError:  # one of them does not vary
         return missing(quantity, "no_variance", about)
     return estimated(quantity, found, about)

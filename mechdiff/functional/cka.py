@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mechdiff.errors import FitError
+from mechdiff.errors import FewPromptsError, FitError
 from mechdiff.functional.stats import Groups, Interval, group_index, jackknife
 
 Form = Literal["auto", "gram", "feature"]
@@ -172,7 +172,7 @@ def _leave_one_out(
     rows = [(classes == c).nonzero().flatten() for c in range(int(classes.max()) + 1)]
     sized = [r for r in rows if len(rows) == 1 or len(prompt[r].unique()) >= least]
     if not sized:
-        raise FitError(f"CKA within classes is undefined: none has {least} prompts")
+        raise FewPromptsError(f"CKA within classes is undefined: none has {least} prompts")
     parts = [_Parts(x[r.to(x.device)], y[r.to(y.device)], prompt[r], form) for r in sized]
     for part in parts:
         part.check(least)
@@ -195,7 +195,7 @@ def _over_classes(parts: Sequence["_Parts"], a: str, b: str, debiased: bool) -> 
 
 def _ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
     if not bool(((xx > 0) & (yy > 0)).all()):
-        raise FitError(
+        raise FewPromptsError(
             "CKA is undefined: a debiased self-similarity is not positive; more prompts are needed"
         )
     return xy / (xx * yy).sqrt()
@@ -220,7 +220,7 @@ class _Parts:
     def check(self, least: int) -> None:
         """Refuse fewer prompts than the estimator has to choose from."""
         if self.count < least:
-            raise FitError(f"CKA over {self.count} prompts is undefined; at least {least} are needed")
+            raise FewPromptsError(f"CKA over {self.count} prompts is undefined; at least {least} are needed")
 
     def biased(self, a: str, b: str) -> Tensor:
         """Biased HSIC; the means of centred kernels vanish, so one term is left."""

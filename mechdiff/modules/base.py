@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from mechdiff.errors import FitError
+from mechdiff.errors import FewPromptsError, FitError
 from mechdiff.functional.cka import cka_jackknife
 from mechdiff.functional.stats import Groups, Interval
 from mechdiff.interventions.sites import Site
@@ -140,6 +140,8 @@ def similarity(
     debiased = quantity == "cka_debiased"
     try:
         found = cka_jackknife(x, y, debiased=debiased, groups=prompt, within=within)
+    except FewPromptsError:  # in any class
+        return missing(quantity, "too_few_prompts", about)
     except FitError:  # one side does not vary
         return missing(quantity, "no_variance", about)
     return estimated(quantity, found, about)

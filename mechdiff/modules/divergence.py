@@ -195,6 +195,9 @@ class Divergence(DiffModule):
         known = [(r, 1 - r.value) for r in curve if self._ranks(r) and r.value is not None]
         for rank, index in enumerate(largest([divergence for _, divergence in known], PROPOSED), 1):
             r, divergence = known[index]
+            flags: tuple[str, ...] = ("gap_too_small",) if divergence <= self.noise else ()
+            if r.split == "all":  # those that are reported on among them
+                flags = (*flags, "chosen_on_eval")
             yield Record(
                 "rq1",
                 "chosen_layer",
@@ -205,7 +208,7 @@ class Divergence(DiffModule):
                 split=r.split,
                 positions=r.positions,
                 params={"by": "cka_debiased", "rank": rank, "divergence": divergence},
-                flags=("gap_too_small",) if divergence <= self.noise else (),
+                flags=flags,
             )
 
     def _ranks(self, r: Record) -> bool:

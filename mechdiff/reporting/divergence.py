@@ -147,7 +147,8 @@ def plot_layer_patch(results: Results, out: str | Path | None = None) -> Figure:
     Raises:
         ConfigError: If the table holds no recovery.
     """
-    records = results.select(quantity="patch_recovery", model="pair")
+    everything = results.select(quantity="patch_recovery", model="pair")
+    records = [r for r in everything if r.params.get("prompts") == "curve"]
     if not any(r.positions for r in records):
         raise ConfigError("nothing to draw: no record of patch_recovery; give the results.json of an rq1 run")
     sites = _sites(records)
@@ -161,8 +162,8 @@ def plot_layer_patch(results: Results, out: str | Path | None = None) -> Figure:
         groups = [g for g in ("last", "all") if any(r.positions == g for r in records)]
         for column, (direction, title) in enumerate(DIRECTIONS.items()):
             axes = grid[0, column]
-            cells = {c: _cell(results, "patch_recovery", direction, c) for c in CONTROLS}
-            bars(axes, sites, groups, _cell(results, "patch_recovery", direction), cells)
+            cells = {c: _cell(results, direction, "all", c) for c in CONTROLS}
+            bars(axes, sites, groups, _cell(results, direction, "curve"), cells)
             label_sites(axes, sites)
             axes.set_title(title)
             axes.set_ylabel("recovery (fraction; 1 = the donor)")
@@ -178,11 +179,13 @@ def plot_layer_patch(results: Results, out: str | Path | None = None) -> Figure:
         handles: list[Any] = [
             Patch(color=COLOURS[g], label=f"{g} position{'s' * (g == 'all')}") for g in groups
         ]
-        used = {r.control for r in records}
+        used = {r.control for r in everything}
         handles += [marker(c) for c in CONTROLS if c in used]
         handles += [Line2D([], [], color="black", linestyle="--", linewidth=0.8, label="onset (last)")]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=7)
-        more = f"n = {sizes(records)} prompts"
+        controls = [r for r in everything if r.control in CONTROLS]
+        more = f"n = {sizes(records)} {records[0].split} prompts"
+        more += f", controls {sizes(controls)} eval prompts" if controls else ""
         more += f", below {sizes(effects)} for each class." if effects else "."
         caption(figure, results, f"Lines: 95 % intervals over prompts. {more}")
         return finish(figure, out)
@@ -198,8 +201,9 @@ def sizes(records: Iterable[Record]) -> str:
     return " to ".join(str(n) for n in sorted({found[0], found[-1]}))
 
 
-def _cell(results: Results, quantity: str, direction: str, control: str = "none") -> Cell:
-    found = results.select(quantity=quantity, direction=direction, control=control, model="pair")
+def _cell(results: Results, direction: str, prompts: str, control: str = "none") -> Cell:
+    about = {"quantity": "patch_recovery", "model": "pair", "prompts": prompts}
+    found = results.select(direction=direction, control=control, **about)
     at = {(r.site, r.positions): r for r in found}
     return lambda site, group: at.get((site, group))
 

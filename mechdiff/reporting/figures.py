@@ -41,7 +41,10 @@ FIGURES: dict[str, tuple[str, Plot, list[dict[str, Any]]]] = {
     "layer_patch": (
         "layer_patch.png",
         plot_layer_patch,
-        [{"quantity": "patch_recovery", "model": "pair", "positions": where} for where in ("last", "all")],
+        [
+            {"quantity": "patch_recovery", "model": "pair", "prompts": "curve", "positions": where}
+            for where in ("last", "all")
+        ],
     ),
     "grafts": ("grafts.png", plot_graft_bars, [{"quantity": "graft_recovery", "component": "block.0"}]),
     "effect_vs_k": (

@@ -64,8 +64,7 @@ def layer_table(results: Results) -> Table:
     plain, centred = ({r.site: r for r in curve(results, "cka_debiased", c)} for c in (False, True))
     patches = {
         (r.site, r.params["direction"], r.positions): r
-        for r in results.select(quantity="patch_recovery", control="none", model="pair")
-        if "direction" in r.params
+        for r in results.select(quantity="patch_recovery", control="none", model="pair", prompts="curve")
     }
     chosen = {r.site for r in results.select(quantity="chosen_layer", by="cka_debiased")}
     sites = {r for r in plain if r} | {site for site, *_ in patches if site}

@@ -15,7 +15,7 @@ from mechdiff.callbacks.behaviour import Behaviour, load_scorer
 from mechdiff.callbacks.choices import chosen, solved
 from mechdiff.callbacks.observations import Observation, records
 from mechdiff.callbacks.refusal import judged
-from mechdiff.data.benchmarks.bias import bias_scores, outcome
+from mechdiff.data.benchmarks.bias import outcome
 from mechdiff.data.benchmarks.items import Item
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.proportions import binomial_interval
@@ -30,6 +30,10 @@ from tests.callbacks import pairs
 OPENINGS = {
     "en": (["I would rather not", "not my place"], ["of course", "here is a story"]),
     "kk": (["айта алмаймын", "бас тартамын"], ["міне, айтып берейін", "әрине"]),
+}
+OPENINGS = {
+    lang: tuple([f"{text}{end}" for text in texts for end in (".", "!", ",", ":")] for texts in kinds)
+    for lang, kinds in OPENINGS.items()
 }
 WORD = {"question": "tell me two and {n}?", "answer": "They add up. #### {n}2"}
 CHOICE = {"question": "what is chess {n}?", "A": "a game", "B": "old bread", "C": "wool", "D": "қар"}
@@ -193,7 +197,7 @@ def test_refusal_log_odds_are_those_of_whole_sequences_with_and_without_masking(
                 ids = [int(both.shared.tuned_ids[place[i]]) for i in theirs]
                 assert loaded.tokenizer.decode(ids) == text
             scores.append(plainly(loaded, context, ids, shared if masked else None))
-        odds = torch.tensor(scores).double().reshape(2, 2).logsumexp(1)
+        odds = torch.tensor(scores).double().reshape(2, -1).logsumexp(1)
         assert item.value == pytest.approx(float(odds[0] - odds[1]), abs=1e-4)
         checked += 1
     assert checked == 16  # two models, two languages, two classes, masked and not
@@ -341,17 +345,22 @@ def test_bias_scores_are_those_of_their_definition() -> None:
     draws, items, picks = generator(3), [], []
     for n in range(40):
         condition = ("ambig", "disambig")[n % 2]
-        meta = {"condition": condition, "unknown": 2, "biased": n // 2 % 2}
+        meta = {"condition": condition, "unknown": 2, "biased": None if n < 4 else n // 2 % 2}
         gold = 2 if condition == "ambig" else int(torch.randint(2, (), generator=draws))
         items.append(Item(str(n), "bias", "who?", "c", ("he", "she", "unknown"), gold, meta=meta))
         picks.append(int(torch.randint(3, (), generator=draws)))
     scores = [[0.0 if i == pick else -9.0 for i in range(3)] for pick in picks for _ in range(2)]
     found = Results(records({"base": list(chosen(Scripted([], scores), items, "bbq"))}, [], 17))
-    expected = bias_scores(outcome(item, pick) for item, pick in zip(items, picks, strict=True))
-    for condition, value in (("ambig", expected.s_amb), ("disambig", expected.s_dis)):
+    seen = [outcome(item, pick) for item, pick in zip(items[4:], picks[4:], strict=True)]
+    for condition in ("ambig", "disambig"):
+        part = [o for o in seen if o.ambiguous == (condition == "ambig")]
+        named = [o for o in part if not o.unknown]
+        value = 2 * sum(o.biased for o in named) / len(named) - 1
+        value *= len(named) / len(part) if condition == "ambig" else 1  # 1 - accuracy
         (record,) = found.select(quantity="bias_score", condition=condition, format="letter", masking=False)
         assert record.value == pytest.approx(value, abs=1e-12)
         assert record.low < record.value < record.high
+        assert (record.n, record.flags) == (18, ("no_stereotyped_answer",))
 
 
 def test_refusals_and_style_are_read_from_answers() -> None:

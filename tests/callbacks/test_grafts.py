@@ -1,9 +1,12 @@
 """Grafts as a callback: planted changes are found, equal weights read 0, numbers are the plain ones."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from mechdiff.callbacks.base import spread
 from mechdiff.callbacks.graded import read_openings, refusing
@@ -208,6 +211,27 @@ def test_two_vocabularies_and_templates_are_compared_on_shared_tokens(base):
     line = {(r.params["lambda_"], r.params["reference"]): r.value for r in records if "lambda_" in r.params}
     assert line[1.0, "tuned"] == 0.0
     assert line[0.0, "base"] > 0
+
+
+def test_tokens_may_have_other_ids_in_each_model(base):
+    """Base has the larger table and counts from its other end: its ids are none of tuned's rows."""
+    larger = loaded(size=330, seed=1)
+    turned = json.loads(larger.tokenizer.backend_tokenizer.to_str())
+    special = {token["id"] for token in turned["added_tokens"]}
+    places = sorted(set(turned["model"]["vocab"].values()) - special)
+    other = dict(zip(places, reversed(places), strict=True))
+    turned["model"]["vocab"] = {t: other.get(i, i) for t, i in turned["model"]["vocab"].items()}
+    tokens = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(turned)), eos_token="<|end|>", pad_token="<|end|>"
+    )
+    tokens.chat_template = larger.tokenizer.chat_template
+    larger = dataclasses.replace(larger, tokenizer=tokens)
+    shared = planted_pair(larger, base).shared
+    assert int(shared.base_ids.max()) >= len(base.model.get_input_embeddings().weight)
+    records = run(larger, base, Grafts(kinds=("all", "embed"), lambdas=()), least=0.0)
+    with graft(base.model, larger.model, "embed", (shared.tuned_ids, shared.base_ids)):
+        left = kl_divergence(log_p(larger, shared.base_ids), log_p(base, shared.tuned_ids)).mean().item()
+    assert column(records, "graft_kl")["embed"] == pytest.approx(left, rel=1e-5)
 
 
 def test_mistakes_are_named(base):

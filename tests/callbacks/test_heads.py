@@ -18,6 +18,7 @@ from mechdiff.pairs.organisms import plant_heads, plant_null
 from mechdiff.results import Record, Results
 from tests import toys
 from tests.callbacks.pairs import pair, prompts
+from tests.workspace import OPENINGS
 
 FLIPPED = ((0, 1), (2, 3), (2, 0))
 QUICK = {
@@ -240,8 +241,8 @@ def test_other_numbers(metric: str, tmp_path) -> None:
     base = toys.loaded()
     tuned = plant_heads(base, FLIPPED)[0]
     openings = tmp_path / "openings.jsonl"
-    rows = [("refuse", "please no"), ("refuse", "why do"), ("comply", "tell me"), ("comply", "list facts")]
-    openings.write_text("\n".join(f'{{"lang": "en", "kind": "{k}", "text": "{t}"}}' for k, t in rows))
+    lines = (f'{{"lang": "en", "kind": "{k}", "text": "{t}"}}' for k, t in OPENINGS)
+    openings.write_text("\n".join(lines))
     options = {"edge_prompts": 0, "graft_prompts": 0, "exact_prompts": 0, "refusal_heads": 2}
     callback = Heads(metric=metric, **{**SMALL, **options, "refusal_prompts": 6 * (metric == "kl_other")})
     both, texts = pair(base, tuned, openings=str(openings)), [p for p in prompts(2) if p.lang == "en"]

@@ -22,9 +22,9 @@ from mechdiff.pairs.organisms import plant_null, plant_weights
 from mechdiff.results import Results
 from tests.callbacks.pairs import pair, prompts
 from tests.toys import SYSTEM, loaded
+from tests.workspace import OPENINGS
 
 ALL = [f"resid_post.{layer}" for layer in range(4)]
-OPENINGS = [("refuse", "please no"), ("refuse", "why do"), ("comply", "tell me"), ("comply", "list facts")]
 
 
 class Ranked(Divergence):
@@ -65,7 +65,8 @@ def test_a_change_of_one_block_enters_there(base, layer):
             assert (onset.value, onset.site) == (layer, f"resid_post.{layer}")
             for below in range(layer):
                 at = {"site": f"resid_post.{below}", "control": "none", **cell}
-                assert found.select(quantity="patch_recovery", **at)[0].value == pytest.approx(0, abs=1e-4)
+                for r in found.select(quantity="patch_recovery", **at):
+                    assert r.value == pytest.approx(0, abs=1e-4)
                 assert found.select(quantity="patch_increment", **at)[0].value == pytest.approx(0, abs=1e-4)
                 assert found.select(quantity="patch_kl", **at)[0].value == pytest.approx(0, abs=1e-9)
     increments = [
@@ -105,27 +106,30 @@ def measured(base, tmp_path_factory):
 
 def test_records_say_what_was_measured(measured):
     _, callback, found = measured
+    entering = {r.site for r in found.select(quantity="chosen_layer", by="patch_increment")}
+    control_sites = {"resid_post.1", "resid_post.2", *entering}
+    assert len(control_sites) < len(ALL)
     assert len({r.key for r in found}) == len(found)
     assert all(r.value is None or math.isfinite(r.value) for r in found)
     for direction in ("into_tuned", "into_base"):
         for positions, most in (("last", 16), ("all", 12)):
             for site in ALL:
                 cell = {"direction": direction, "positions": positions, "site": site}
-                controlled = site in ("resid_post.1", "resid_post.2")
                 plain = {"none", "self"} if positions == "last" else {"none"}
-                controls = {"none", "self", *CONTROLS} if controlled else plain
+                held = {"none", "self", *CONTROLS} if site in control_sites else set()
                 for quantity in ("patch_kl", "patch_recovery"):
-                    records = found.select(quantity=quantity, **cell)
-                    assert {r.control for r in records} == controls
-                    assert {r.n for r in records} == {most if controlled else 8}
+                    for prompts_, controls, n in (("curve", plain, 8), ("all", held, most)):
+                        records = found.select(quantity=quantity, prompts=prompts_, **cell)
+                        assert {r.control for r in records} == controls
+                        assert {r.n for r in records} <= {n}
                 (increment,) = found.select(quantity="patch_increment", **cell)
                 assert increment.n == 8
                 for r in found.select(control="self", **cell):
                     assert r.value == pytest.approx(0, abs=1e-5)
     effects = found.select(quantity="patch_effect")
-    assert {(r.site, r.positions, r.n, r.params["label"]) for r in effects} == {
+    assert {(r.site, r.positions, r.n, r.params["label"]) for r in effects if r.control != "none"} == {
         (site, where, 2, label)
-        for site in ("resid_post.1", "resid_post.2")
+        for site in control_sites
         for where in ("last", "all")
         for label in ("target", "neutral")
     }
@@ -137,6 +141,7 @@ def test_records_say_what_was_measured(measured):
         ("patch_increment", 1),
         ("patch_increment", 2),
     ]
+    assert {r.flags[-1] for r in chosen} == {"chosen_on_eval"}
     assert {i.quantity for i in callback.items} == {"patch_kl_to_donor", "patch_effect"}
 
 
@@ -149,7 +154,43 @@ def test_increments_add_up_to_recovery(measured):
         for site in ALL:
             cell = {"direction": direction, "site": site, "control": "none"}
             total += found.select(quantity="patch_increment", **cell)[0].value
-            assert total == pytest.approx(found.select(quantity="patch_recovery", **cell)[0].value, abs=1e-6)
+            assert total == pytest.approx(
+                found.select(quantity="patch_recovery", prompts="curve", **cell)[0].value, abs=1e-6
+            )
+
+
+def test_layers_are_chosen_on_dev_and_reported_on_eval(base):
+    """What enters by the dev prompts is measured again, with controls, on the others."""
+    tuned, _ = plant_weights(base, ["block.1"], 1.0)
+
+    class Late(Ranked):
+        def ranking(self):
+            return dict(zip(ALL, (0.1, 0.2, 0.3, 0.4), strict=True))
+
+    texts = prompts(2)
+    dev = [dataclasses.replace(p, id=f"dev-{p.id}", split="dev") for p in texts[::2]]
+    held = [p for p in texts if p not in texts[::2]]
+    callback = LayerPatch(curve_prompts=6, everywhere_prompts=0, effect_prompts=0)
+    found = measure(callback, Late(ALL), pair(base, tuned), [*dev, *held])
+    curve = found.select(quantity="patch_recovery", prompts="curve", control="none", direction="into_tuned")
+    assert [(r.split, r.n, r.site) for r in curve] == [("dev", 6, site) for site in ALL]
+    (onset,) = found.select(quantity="patch_onset", direction="into_tuned")
+    assert (onset.split, onset.n, onset.value) == ("dev", 6, 1)
+    chosen = found.select(quantity="chosen_layer")
+    assert {(r.split, r.n) for r in chosen} == {("dev", 6)}
+    assert not any("chosen_on_eval" in r.flags for r in chosen)
+    enters = chosen[2]
+    assert (enters.params["by"], enters.value) == ("patch_increment", 1)
+    for control in ("none", "self", *CONTROLS):
+        (r,) = found.select(
+            quantity="patch_recovery",
+            prompts="all",
+            control=control,
+            site=enters.site,
+            direction="into_tuned",
+        )
+        assert (r.split, r.n) == ("eval", len(held))
+    assert {i.prompt for i in callback.items if i.prompt in {p.id for p in held}} == {p.id for p in held}
 
 
 @pytest.mark.parametrize("known", [{}, {"resid_post.0": 0.9, "resid_post.1": 0.5}])
@@ -162,7 +203,7 @@ def test_a_ranking_that_recovery_does_not_share_is_flagged(base, known):
 
     found = measure(LayerPatch(effect_prompts=0, everywhere_prompts=0), Other(ALL), pair(base, tuned))
     flags = {r.flags for r in found.select(quantity="chosen_layer")}
-    assert flags == {("rankings_disagree",) if known else ()}
+    assert flags == {("rankings_disagree",) * bool(known) + ("chosen_on_eval",)}
 
 
 def patcher_of(both, texts, controlled=(1, 2)):
@@ -209,7 +250,7 @@ def test_arms_equal_the_whole_model_under_a_hook(measured):
 def test_effects_equal_the_whole_model_under_a_hook(measured):
     both, texts = measured[0], prompts()[::3]
     patcher, index = patcher_of(both, texts), 2
-    graded = refusing(([OPENINGS[0][1], OPENINGS[1][1]], [OPENINGS[2][1], OPENINGS[3][1]]))
+    graded = refusing(tuple([t for k, t in OPENINGS if k == kind][:2] for kind in ("refuse", "comply")))
     cells = [(Site(i), arm, w) for i in (0, 2) for arm in ("raw", "random") for w in ("last", "all")]
     clean, nats = patcher.readings(index, graded, cells)
     model, ids = both.tuned.model, patcher.recipient.ids(index)
@@ -288,7 +329,12 @@ def test_divergences_have_their_direction(measured):
         )
         kept = sum(items[p.id, str(site), "raw"] for p in texts)
     (recovered,) = found.select(
-        quantity="patch_recovery", site=str(site), positions="last", direction="into_tuned", control="none"
+        quantity="patch_recovery",
+        site=str(site),
+        positions="last",
+        direction="into_tuned",
+        control="none",
+        prompts="all",
     )
     assert recovered.value == pytest.approx(1 - kept / gap, rel=1e-5)
 
@@ -318,7 +364,7 @@ def test_a_third_model_is_compared_and_patched(base):
     assert {r.params["direction"] for r in third if "direction" in r.params} == {"into_tuned", "into_base"}
     for site in ALL:
         cell = {"quantity": "patch_recovery", "site": site, "control": "none", "direction": "into_tuned"}
-        (by_pair,) = found.select(**cell, model="pair", positions="last")
+        (by_pair,) = found.select(**cell, model="pair", positions="last", prompts="curve")
         by_third, difference = found.select(**cell, model="reference")
         assert difference.params["contrast"] == "base minus reference"
         assert difference.value == pytest.approx(by_pair.value - by_third.value, abs=1e-6)
@@ -357,7 +403,9 @@ def test_a_raw_prompt_has_no_common_last_position(base):
     assert all(r.n for r in found.select(quantity="patch_kl", positions="all"))
 
 
-@pytest.mark.parametrize("bad", [{"curve_prompts": -1}, {"floor": 1.0}, {"max_prompts": -2}])
+@pytest.mark.parametrize(
+    "bad", [{"curve_prompts": 0}, {"effect_prompts": -1}, {"floor": 1.0}, {"max_prompts": -2}]
+)
 def test_bad_settings(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         LayerPatch(**bad)

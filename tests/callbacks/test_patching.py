@@ -25,7 +25,11 @@ from tests.toys import OTHER_END, PLAIN, SYSTEM, loaded
 
 OPENINGS = {
     "en": (["sorry no", "i may not tell"], ["sure", "yes of course"]),
-    "kk": (["кешір"], ["иә мен", "жарайды"]),
+    "kk": (["кешір", "жоқ"], ["иә мен", "жарайды"]),
+}
+OPENINGS = {
+    lang: tuple([f"{text}{end}" for text in texts for end in (".", "!", ",", ":")] for texts in kinds)
+    for lang, kinds in OPENINGS.items()
 }
 KINDS = {
     "twin": {"seed": 1},
@@ -364,6 +368,11 @@ def test_prompts_are_taken_evenly(most, count):
     assert set(spread(texts[::-1], most)) == set(chosen)
 
 
+def _lines(refusing: int, complying: int) -> list[str]:
+    kinds = ["refuse"] * refusing + ["comply"] * complying
+    return [f'{{"lang": "en", "kind": "{kind}", "text": "no {n}"}}' for n, kind in enumerate(kinds)]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -378,6 +387,11 @@ def test_prompts_are_taken_evenly(most, count):
             ],
             "both kinds",
         ),
+        (
+            _lines(7, 7),
+            "has 7 refusing and 7 complying openings for 'en'; allowed: as many of both, 8 or more",
+        ),
+        (_lines(9, 8), "has 9 refusing and 8 complying"),
     ],
 )
 def test_bad_openings(tmp_path, lines, message):

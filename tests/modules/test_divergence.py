@@ -8,7 +8,7 @@ from mechdiff.functional.cka import linear_cka
 from mechdiff.functional.selection import agree, largest, onset, rank_correlation
 from mechdiff.interventions.sites import POSITIONS, Site
 from mechdiff.modules import Divergence
-from mechdiff.modules.base import UNTOUCHED
+from mechdiff.modules.base import UNTOUCHED, similarity
 from mechdiff.results import Results
 from tests.modules.planted import PROMPTS, affine, planted, states, trainer, widths
 
@@ -78,13 +78,22 @@ def test_the_two_most_different_layers_are_proposed(found):
     assert [r.site for r in chosen] == order[:2]
     assert [r.value for r in chosen] == [Site.parse(site).layer for site in order[:2]]
     assert [r.params["divergence"] for r in chosen] == [ranking[site] for site in order[:2]]
-    assert not any(r.flags for r in chosen)
+    assert {r.flags for r in chosen} == {("chosen_on_eval",)}  # all prompts were tested
 
 
 def test_a_copy_proposes_nothing_worth_it(tmp_path):
     data = planted(tmp_path, lambda x, site: x, sites=3, test_all=True)
     results = outcome(Divergence(**widths(data)), data)
-    assert {r.flags for r in results.select(quantity="chosen_layer")} == {("gap_too_small",)}
+    assert {r.flags for r in results.select(quantity="chosen_layer")} == {("gap_too_small", "chosen_on_eval")}
+
+
+@pytest.mark.parametrize("quantity", ["cka", "cka_debiased"])
+def test_why_there_is_no_likeness_is_said(quantity):
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    about = {"question": "rq1", "unit": "fraction", "n": 8}
+    few = similarity(quantity, x, x, torch.arange(8), about, [f"class {i // 2}" for i in range(8)])
+    flat = similarity(quantity, x, torch.ones(8, 3), torch.arange(8), about)
+    assert (few.reason, flat.reason) == ("too_few_prompts", "no_variance")
 
 
 def test_classes_that_differ_alike_count_only_when_pooled(tmp_path):

@@ -156,7 +156,7 @@ def divergence_run(layers: list[int], seed: int = 0) -> Results:
             for group in ("last", "all"):
                 cell = {"site": site, "positions": group, "n": 40, "split": "eval", "unit": "fraction"}
                 value = 0.0 if layer < middle else 0.5 + 0.45 * gone
-                params = {"direction": direction}
+                params = {"direction": direction, "prompts": "curve"}
                 if direction == "into_base" and layer == layers[0]:
                     lost = {"value": None, "reason": "gap_too_small"}
                     records.append(Record(**q, **cell, quantity="patch_recovery", **lost, params=params))
@@ -165,6 +165,10 @@ def divergence_run(layers: list[int], seed: int = 0) -> Results:
                     Record(**q, **cell, quantity="patch_recovery", **_around(value, 0.05), params=params)
                 )
                 if layer in layers[-2:]:
+                    params = {**params, "prompts": "all"}
+                    records.append(
+                        Record(**q, **cell, quantity="patch_recovery", **_around(value, 0.05), params=params)
+                    )
                     for control, level in (("other_prompt", 0.3), ("random", -0.6), ("wrong_layer", -4.0)):
                         value = level + rng.gauss(0, 0.05)
                         records.append(

@@ -63,7 +63,7 @@ def test_a_curve_is_one_minus_cka(results: Results) -> None:
 def test_patch_bars_are_records_and_missing_ones_are_named(results: Results) -> None:
     figure = plot_layer_patch(results)
     held = results.select(
-        quantity="patch_recovery", control="none", direction="into_tuned", positions="last", model="pair"
+        quantity="patch_recovery", control="none", direction="into_tuned", positions="last", prompts="curve"
     )
     bars = [bar.get_height() for c in figure.axes[0].containers if isinstance(c, BarContainer) for bar in c]
     for r in held:

@@ -86,20 +86,6 @@ def majority_letter(items: Iterable[Item]) -> Baseline:
     return Baseline(letter, counts[letter] / len(golds), counts)
 
 
-def letter_recall(items: Sequence[Item], choices: Sequence[int]) -> dict[str, float | None]:
-    """Return, for each letter, the share of the items it is gold of that were answered with it, or None.
-
-    Args:
-        items: Multiple-choice items.
-        choices: Index of the option chosen for each.
-    """
-    recall: dict[str, float | None] = {}
-    for index, letter in enumerate(LETTERS):
-        hits = [choice == index for item, choice in zip(items, choices, strict=True) if item.gold == index]
-        recall[letter] = sum(hits) / len(hits) if hits else None
-    return recall
-
-
 def fold(item: Item, folds: int = 5) -> int:
     """Assign an item to a fold by a hash of its question.
 

@@ -143,7 +143,10 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "roles": Benchmark("freeform", role_prompt, ("act", "prompt"), None, f"{_FOLDER}/roles.jsonl"),
 }
-"""Every benchmark. Where no commit is named, the newest is used and reported."""
+"""Every benchmark. Where neither this nor the source names a commit, the newest is used.
+
+The provenance of a run has the commit that was used, and a digest of the items.
+"""
 
 
 def load_benchmark(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 from mechdiff.data.benchmarks.items import Item
 from mechdiff.data.benchmarks.maths import Verdict
-from mechdiff.errors import PromptError
 from mechdiff.functional.answers import (
     Rule,
     flexible_answer,
@@ -33,32 +31,6 @@ class Scored(NamedTuple):
     answer: str | None
     correct: bool | None
     reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Counts over scored answers.
-
-    Attributes:
-        n: Number of answers.
-        right: Number of right ones.
-        unparsed: Ids without a verdict, each with its reason.
-    """
-
-    n: int
-    right: int
-    unparsed: tuple[tuple[str, str], ...]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers among all: one that cannot be read is not right."""
-        return self.right / self.n
-
-    @property
-    def accuracy_parsed(self) -> float | None:
-        """Share of right answers among those that could be read; None if none could."""
-        parsed = self.n - len(self.unparsed)
-        return self.right / parsed if parsed else None
 
 
 def score_number(item: Item, text: str, *, strict: bool = False, rule: Rule = "harness") -> Scored:
@@ -95,18 +67,3 @@ def score_math(item: Item, text: str, judge: Callable[[str, str], Verdict]) -> S
     if verdict in ("unparsable", "undecided"):
         return Scored(item.id, answer, None, verdict)
     return Scored(item.id, answer, verdict == "right")
-
-
-def summarise(scored: Iterable[Scored]) -> Summary:
-    """Count right answers, and list those that could not be read.
-
-    Raises:
-        PromptError: If there is none.
-    """
-    rows = list(scored)
-    if not rows:
-        raise PromptError(
-            "no answer to score; a benchmark must hold at least one item (key: pair.benchmarks)"
-        )
-    unparsed = tuple((s.id, s.reason or "") for s in rows if s.correct is None)
-    return Summary(len(rows), sum(s.correct is True for s in rows), unparsed)

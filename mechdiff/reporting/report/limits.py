@@ -16,11 +16,13 @@ from mechdiff.reporting.report.where import BEHAVIOURS
 
 FLAGS = {
     "rankings_disagree": "divergence and patching rank the layers differently",
+    "chosen_on_eval": "the prompts that layers were chosen on include those that are reported on",
     "unaligned_prompts": "some prompts had no aligned position and were left out",
     "lambda_edge": "the best ridge strength lies at the edge of the grid",
     "few_rows": "fewer rows than dimensions",
     "beyond_bound": "a side effect exceeds its bound",
     "shared_rows": "embeddings were exchanged for shared tokens only",
+    "no_stereotyped_answer": "some items have no stereotyped answer and were left out of bias scores",
     "too_long": "some prompts did not fit the context",
 }
 

@@ -105,9 +105,10 @@ def proposed(view: View) -> list[Record]:
 
 
 def recovery(view: View, site: str | None, positions: str = "last") -> Record | None:
-    """Return how far base's state at a site makes tuned continue as base."""
+    """Return how far base's state at a site makes tuned continue as base, on the prompts of its controls."""
     about = {"quantity": "patch_recovery", "control": "none", "model": "pair", "positions": positions}
-    return view.pair.one("rq1", site=site, direction="into_tuned", **about)
+    tried = view.pair.select("rq1", site=site, direction="into_tuned", **about)
+    return next((r for r in tried if r.params.get("prompts") == "all"), next(iter(tried), None))
 
 
 def takeaway(view: View) -> Takeaway:
@@ -150,12 +151,12 @@ def _charts(view: View) -> list[Chart]:
             )
         )
     about = {"quantity": "patch_recovery", "model": "pair", "direction": "into_tuned", "positions": "last"}
-    records = view.pair.select("rq1", control="none", **about)
+    records = view.pair.select("rq1", control="none", prompts="curve", **about)
     points = view.points(records)
     if points:
         series = [Series("base's state", points, 1)]
         for colour, control in enumerate(CONTROLS, 2):
-            beside = view.points(view.pair.select("rq1", control=control, **about))
+            beside = view.points(view.pair.select("rq1", control=control, prompts="all", **about))
             series += [Series(words(control), beside, colour, line=False)] if beside else []
         label = f"{view.name}: recovery of base's next token by layer of the patch"
         svg = line_chart(label, series, "layer of the patch", "recovery", ticks=_ticks(points), marks=marks)
@@ -163,7 +164,7 @@ def _charts(view: View) -> list[Chart]:
             Chart(
                 svg,
                 "What a patch of one layer recovers of base, last position. Bands: 95 % intervals, "
-                f"n = {span(records)}.",
+                f"n = {span(records)} {records[0].split} prompts; controls on eval prompts.",
             )
         )
     return found

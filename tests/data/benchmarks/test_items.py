@@ -8,7 +8,6 @@ import pytest
 from mechdiff.data.benchmarks.items import (
     Item,
     fold,
-    letter_recall,
     majority_letter,
     permute_options,
     sample,
@@ -33,10 +32,9 @@ def test_permutation_moves_gold_unknown_and_biased_along():
     assert len(set(orders)) > 20
 
 
-def test_majority_letter_and_recall():
+def test_majority_letter():
     items = [Item(str(i), "mc", "Q", options=tuple("abcd"), gold=g) for i, g in enumerate([0, 0, 0, 2])]
     assert majority_letter(items) == ("A", 0.75, {"A": 3, "B": 0, "C": 1, "D": 0})
-    assert letter_recall(items, [0, 0, 1, 2]) == {"A": 2 / 3, "B": None, "C": 1.0, "D": None}
     with pytest.raises(PromptError, match="no item has a gold option"):
         majority_letter(shipped("roles").items)
 

@@ -1,0 +1,65 @@
+"""What is read from a curve over layers: where the effect of a patch enters, and which layers to probe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mechdiff.functional.selection import PROPOSED, agree, largest, onset
+from mechdiff.interventions.sites import Site
+from mechdiff.modules.base import missing
+from mechdiff.results import Record
+
+CURVES = ("patch_recovery", "patch_increment")
+
+
+def is_curve(r: Record, positions: str, quantity: str = "patch_recovery") -> bool:
+    """Say whether a record is a point of a curve over layers, all of which rest on the same prompts."""
+    own = r.params.get("prompts", "curve") == "curve" and "contrast" not in r.params
+    return (r.quantity, r.positions, r.control) == (quantity, positions, "none") and own
+
+
+def entry(curve: Sequence[Record], floor: float, about: Mapping[str, Any]) -> Record:
+    """Say where an effect enters; every site of the curve has a lower end or none has.
+
+    Args:
+        curve: Recovery at each site, in order of the layers.
+        floor: Recovery that counts as an effect, a fraction.
+        about: The other attributes of the record.
+    """
+    found = onset([r.low for r in curve], floor)
+    about = {
+        **about,
+        "unit": "layer",
+        "n": curve[found or 0].n,
+        "params": {**about["params"], "floor": floor},
+    }
+    if found is None:
+        nothing = all(r.low is None for r in curve)
+        return missing("patch_onset", "gap_too_small" if nothing else "below_floor", about)
+    site = Site.parse(str(curve[found].site))
+    return Record(quantity="patch_onset", value=site.layer, site=str(site), **about)
+
+
+def chosen(found: Sequence[Record], ranking: Mapping[str, float]) -> Iterator[Record]:
+    """Yield the layers with the most recovery, and those where most of it enters.
+
+    They are flagged if divergence ranks the layers otherwise, and if they saw what is reported on.
+
+    Args:
+        found: Records of one direction, with its curves at the last position.
+        ranking: How much the models differ at each site, where that is known.
+    """
+    curves = {by: [r for r in found if is_curve(r, "last", by) and r.value is not None] for by in CURVES}
+    flags: tuple[str, ...] = ()
+    recovered = curves["patch_recovery"]
+    if len(recovered) > 1 and all(r.site in ranking for r in recovered):
+        same = agree([ranking[str(r.site)] for r in recovered], [r.value or 0.0 for r in recovered])
+        flags = () if same else ("rankings_disagree",)
+    for by, curve in curves.items():
+        for rank, index in enumerate(largest([r.value or 0.0 for r in curve], PROPOSED), 1):
+            r = curve[index]
+            about: dict[str, Any] = {"site": r.site, "positions": "last", "split": r.split}
+            about["params"] = {"by": by, "rank": rank, "share": round(r.value or 0.0, 4)}
+            about["flags"] = (*flags, *(("chosen_on_eval",) if r.split == "eval" else ()))
+            yield Record("rq1", "chosen_layer", Site.parse(str(r.site)).layer, r.n, "layer", **about)
