@@ -3,7 +3,7 @@
 1. ``<out>/<pair>/<question>/`` holds a run as train.py or evaluate.py leave it, and a marker once it is done.
 2. ``<out>/study.json`` says which study a folder holds; another one is refused.
 3. A question that was cut off begins anew, from an empty folder; what is done is not run again. Layers that
-   RQ1 proposes are handed to the questions after it.
+   RQ1 proposes are handed to the questions after it, which are run again where it proposes others.
 4. ``<out>/contrasts.json`` compares pairs, in the form of records.
 """
 
@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from mechdiff.reporting.report import handle, heads, maps, where
 from mechdiff.reporting.report.content import Citations
 from mechdiff.reporting.report.runs import CONTRASTS, STUDY, TABLE, Study
 from mechdiff.reporting.report.view import View
-from mechdiff.results import Record, Results
+from mechdiff.results import Record, Results, handed_on
 
 RUNS = {"rq1": ("test", "rq1"), "rq2": ("fit", "clt"), "rq3": ("fit", "steering"), "rq4": ("test", "rq4")}
 """Verb of a question and the beginning of its configuration's name."""
@@ -78,15 +79,42 @@ class Step:
         return self.out / self.name / f"{self.question}.log"
 
     @property
-    def done(self) -> bool:
-        """Whether it has run to the end."""
+    def ended(self) -> bool:
+        """Whether it has run to the end, whatever RQ1 proposes by now."""
         return (self.folder / MARKER).is_file() and (self.folder / TABLE).is_file()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has run to the end, with the layers that RQ1 proposes."""
+        return self.ended and (not self.takes_layers or self._marker.get("layers", "") == self.layers)
 
     @property
     def seconds(self) -> float:
         """How long it took, 0 if it is not done."""
-        marker = self.folder / MARKER
-        return float(json.loads(marker.read_text())["seconds"]) if marker.is_file() else 0.0
+        return float(self._marker["seconds"]) if self.ended else 0.0
+
+    @property
+    def takes_layers(self) -> bool:
+        """Whether it is run at the layers that RQ1 of the pair proposes."""
+        text = self.configs[0].read_text(encoding="utf-8")
+        marked = re.search(r"^layers: *from_rq1\b", text, re.M) is not None
+        return self.question != "rq1" and (self.question in TAKES_LAYERS or marked)
+
+    @property
+    def layers(self) -> list[str] | None:
+        """The sites that RQ1 of the pair proposes, None as long as it has not."""
+        table = self._scan
+        if not (table.is_file() and table.with_name(MARKER).is_file()):
+            return None
+        return list(_proposed(table, table.stat().st_mtime_ns)) or None
+
+    @property
+    def _scan(self) -> Path:
+        return self.out / self.name / "rq1" / TABLE
+
+    @property
+    def _marker(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / MARKER).read_text(encoding="utf-8")))
 
     def begin(self) -> None:
         """Make an empty folder: nothing of an earlier attempt is mixed in."""
@@ -96,7 +124,8 @@ class Step:
     def end(self, seconds: float) -> None:
         """Mark it as done."""
         digest = hashlib.sha256((self.folder / TABLE).read_bytes()).hexdigest()
-        body = {"seconds": round(seconds, 1), "results": digest}
+        body: dict[str, Any] = {"seconds": round(seconds, 1), "results": digest}
+        body |= {"layers": self.layers} if self.takes_layers else {}
         (self.folder / MARKER).write_text(json.dumps(body) + "\n")
 
     def arguments(self, more: Sequence[str] = ()) -> list[str]:
@@ -109,14 +138,9 @@ class Step:
         found += ["--pair", str(self.pair), "--trainer.enable_progress_bar=false"]
         logger = {"save_dir": self.out, "name": self.name, "version": self.question}
         found += [f"--trainer.logger.init_args.{key}={value}" for key, value in logger.items()]
-        table = self.out / self.name / "rq1" / TABLE
-        if self.question != "rq1" and self._takes_layers() and _proposes(table):
-            found.append(f"--layers={table}")
+        if self.takes_layers and self.layers:
+            found.append(f"--layers={self._scan}")
         return [*found, *more]
-
-    def _takes_layers(self) -> bool:
-        text = self.configs[0].read_text(encoding="utf-8")
-        return self.question in TAKES_LAYERS or re.search(r"^layers: *from_rq1\b", text, re.M) is not None
 
 
 def read_pair(path: Path) -> PairSpec:
@@ -298,7 +322,7 @@ SPOKEN_OF: dict[str, Callable[[View], Record | None]] = {
 """What is compared, and how a pair's number is found: the one that its report speaks of."""
 
 
-def _proposes(table: Path) -> bool:
-    if not (table.parent / MARKER).is_file():
-        return False
-    return bool(Results.read(table).select(quantity="chosen_layer", by=prepare.PROPOSES))
+@cache
+def _proposed(table: Path, written: int) -> tuple[str, ...]:
+    """Return the sites that a scan proposes; `written`, when it was, tells one table from the next."""
+    return tuple(str(r.site) for r in handed_on(Results.read(table)))

@@ -20,7 +20,7 @@ from mechdiff.reporting.report.content import (
 )
 from mechdiff.reporting.report.verdict import judge, words
 from mechdiff.reporting.report.view import View, count, mark, span
-from mechdiff.results import Record
+from mechdiff.results import DISAGREE, Record, handed_on
 
 BEHAVIOURS = {
     "refusal_rate": "refusals",
@@ -97,11 +97,7 @@ def behaviours(
 
 def proposed(view: View) -> list[Record]:
     """Return the layers handed on: where states differ most or, if patching disagrees, the effect enters."""
-    chosen = view.pair.select("rq1", quantity="chosen_layer")
-    disagree = any("rankings_disagree" in r.flags for r in chosen)
-    by = {r.params.get("by") for r in chosen}
-    wanted = "patch_increment" if disagree and "patch_increment" in by else "cka_debiased"
-    return sorted((r for r in chosen if r.params.get("by") == wanted), key=lambda r: r.value or 0)
+    return handed_on(view.pair.select("rq1"))
 
 
 def recovery(view: View, site: str | None, positions: str = "last") -> Record | None:
@@ -123,7 +119,7 @@ def takeaway(view: View) -> Takeaway:
     r, found, controls = judged[best]
     parts: list[Inline] = [f"Probe layers {names} in RQ2–RQ4. At layer {r.value:.0f} base's state recovers "]
     parts += [*view.sentence(found, controls), f"; {verdicts[best].why}."]
-    if any("rankings_disagree" in r.flags for r in layers):
+    if any(DISAGREE in r.flags for r in layers):
         parts.append(
             " Divergence and patching rank the layers differently: these are where the effect enters."
         )
