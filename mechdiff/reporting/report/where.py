@@ -83,16 +83,20 @@ def behaviours(
     """Return label, base, tuned and their difference of behaviours, without masking."""
     found: list[tuple[str, Record | None, Record | None, Record | None]] = []
     for quantity in quantities:
-        name = BEHAVIOURS[quantity]
         cells: dict[str, dict[str, Record]] = {}
         for r in view.pair.select("rq1", quantity=quantity, control="none"):
             if not r.params.get("masking") and "contrast" not in r.params:
-                told = [words(v) for k, v in r.params.items() if k not in ("masking", "format", "direction")]
-                cells.setdefault(" ".join([name, *told]), {})[r.model] = r
+                cells.setdefault(behaviour(r), {})[r.model] = r
         for label, cell in cells.items():
             if cell.get("base") and any(r.value is not None for r in cell.values()):
                 found.append((label, cell["base"], cell.get("tuned"), cell.get("pair")))
     return found
+
+
+def behaviour(r: Record) -> str:
+    """Name a behaviour by all that tells it from others, such as the form of a benchmark; but for masking."""
+    told = [words(v) for k, v in r.params.items() if k not in ("masking", "direction")]
+    return " ".join([BEHAVIOURS[r.quantity], *told])
 
 
 def proposed(view: View) -> list[Record]:
