@@ -18,12 +18,13 @@ import yaml
 from mechdiff.__main__ import main
 from mechdiff.callbacks.base import Item
 from mechdiff.callbacks.layer_patch import LayerPatch
+from mechdiff.contrasts import compare
 from mechdiff.errors import ConfigError
 from mechdiff.functional.contrast import independent_difference
 from mechdiff.functional.stats import Interval
 from mechdiff.reporting.report.runs import read_study
 from mechdiff.results import Results
-from mechdiff.study import compare, plan
+from mechdiff.study import plan
 from tests.reporting.report.make_study import study as plausible
 from tests.workspace import ROOT, run, workspace, write_pair
 
@@ -281,6 +282,8 @@ def test_numbers_of_two_pairs_are_compared(tmp_path: Path) -> None:
         rows += [replace(row, arm=row.arm.replace("twin", "zero"), value=9.0) for row in rows]
         file = tmp_path / name / "rq4" / "items.parquet"
         pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), file)
+    for start, name in ((0, "cultural_smol"), (10, "cognitive_smol")):
+        write_patches(tmp_path / name / "rq1", range(start, start + 40))
     path = compare(read_study([tmp_path]))
     assert path == tmp_path / "contrasts.json"
     found = Results.read(path)
@@ -292,7 +295,8 @@ def test_numbers_of_two_pairs_are_compared(tmp_path: Path) -> None:
     }
     (r,) = found.select(quantity="churn_difference")
     assert r.value == pytest.approx(2 / 6)
-    assert r.n == 21
+    assert r.n == 12, "prompts of both are counted once"
+    assert r.flags == ("one_sibling_per_class", "not_paired")
     assert r.params["contrast"] == "cognitive_smol − cultural_smol"
     one, other = (
         p.one("rq2", quantity="r2_delta", site="resid_post.24", positions="last")
@@ -302,4 +306,32 @@ def test_numbers_of_two_pairs_are_compared(tmp_path: Path) -> None:
     assert other is not None
     ends = [Interval(x.value, x.low, x.high, x.n) for x in (one, other)]
     (r,) = found.select(quantity="r2_delta")
-    assert (r.value, r.low, r.high, r.n) == independent_difference(*ends)
+    assert (r.value, r.low, r.high) == independent_difference(*ends)[:3]
+    assert r.n == max(end.n for end in ends)
+    assert "not_paired" in r.flags
+    (r,) = found.select(quantity="patch_recovery")
+    assert r.params["sites"] == ["resid_post.28", "resid_post.28"], "the first proposed, not the better"
+    assert (r.value, r.n, r.flags) == (pytest.approx(0.0, abs=1e-6), 50, ("one_sibling_per_class",))
+    assert (r.high or 0) - (r.low or 0) < 0.2, "narrower than apart"
+    (tmp_path / "cognitive_smol" / "rq1" / "items.parquet").unlink()
+    compare(read_study([tmp_path]))
+    (r,) = Results.read(path).select(quantity="patch_recovery")
+    assert (r.n, r.flags) == (40, ("one_sibling_per_class", "not_paired"))
+
+
+def write_patches(folder: Path, prompts: range) -> None:
+    """Write values by prompt that agree with the record of a patch at the first layer proposed."""
+    (r,) = Results.read(folder / "results.json").select(
+        quantity="patch_recovery",
+        site="resid_post.28",
+        positions="last",
+        direction="into_tuned",
+        control="none",
+    )
+    rows = []
+    for i in prompts:
+        gap = 1 + i % 7 / 7
+        about = (str(r.site), "last", "into_tuned")
+        for arm, value in (("self", gap), ("raw", gap * (1 - (r.value or 0)))):
+            rows.append(Item(f"p{i}", "patch_kl_to_donor", *about, arm, value))
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), folder / "items.parquet")

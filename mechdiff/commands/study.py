@@ -92,9 +92,10 @@ def questions(text: str) -> list[str]:
 
 def _study(given: argparse.Namespace, more: Sequence[str]) -> int:
     asked = questions(given.questions)
+    from mechdiff.contrasts import compare
     from mechdiff.reporting.report.page import write_report
     from mechdiff.reporting.report.runs import read_study
-    from mechdiff.study import claim, compare, plan, read_pair
+    from mechdiff.study import claim, plan, read_pair
 
     names = [read_pair(path).name for path in given.pair]
     out = (given.out or Path("runs") / "_".join(["study", *names])).resolve()
