@@ -101,7 +101,7 @@ def test_what_was_assumed_without_a_configuration_is_said(sound: Path, capsys) -
     assert main(["doctor", "--pair", str(sound)]) == 0
     said = capsys.readouterr().out
     assert "GiB (a run without a configuration: " in said
-    assert "sites, all positions, float32)" in said
+    assert "site, all positions, float32)" in said, "the default layers of a model of four"
 
 
 def test_a_configuration_that_does_not_fit(sound: Path, tmp_path: Path, capsys) -> None:
