@@ -34,7 +34,7 @@ from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.modules import DiffModule
 from mechdiff.pairs.loading import load_pair
 from mechdiff.pairs.spec import PairSpec
-from mechdiff.parser import OneLineParser, quiet, replace_whole_pairs
+from mechdiff.parser import OneLineParser, ends_when_told, quiet, replace_whole_pairs
 from mechdiff.provenance import provenance
 from mechdiff.reporting.run import write_run
 from mechdiff.results import Record, Results
@@ -337,7 +337,8 @@ def main(verb: str, args: Sequence[str] | None = None, cli: type[MechdiffCLI] = 
     """
     quiet()
     try:
-        cli(verb, args)
+        with ends_when_told():
+            cli(verb, args)
     except UsageError as error:
         if getattr(rank_zero_only, "rank", 0) == 0:
             print(f"mechdiff: {error}", file=sys.stderr)

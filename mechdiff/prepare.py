@@ -23,14 +23,12 @@ from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.pairs.alignment import encode, template_tokens
 from mechdiff.pairs.loading import LoadedModel, LoadedPair
 from mechdiff.pairs.spec import ModelSpec, PairSpec
-from mechdiff.results import Record, Results
+from mechdiff.results import Record, Results, handed_on
 
 FAST_FAMILIES = 8
 """Groups of prompts (one language, class and topic) that ``fast_dev_run`` keeps."""
 FALLBACK, STRIDE, FROM_RQ1 = "fallback", "stride", "from_rq1"
 """Words for layers that need to know the models."""
-PROPOSES, ENTERS, DISAGREE = "cka_debiased", "patch_increment", "rankings_disagree"
-"""What the layers that a scan chose are chosen by, and its flag where two ways to rank them disagree."""
 RESULTS = ".json"
 """How a table of results is told from a site."""
 
@@ -120,20 +118,13 @@ def parse_layers(layers: list[int | str] | str) -> list[Site] | None:
 def chosen_layers(path: str) -> list[Record]:
     """Return the records of the layers that a scan proposes, in order of depth.
 
-    They are those that differ most, unless patching puts the layers in another order: then those where most
-    of the effect enters.
-
     Raises:
         ConfigError: If the file is no table of results, or proposes none.
     """
-    chosen = Results.read(path).select(quantity="chosen_layer")
-    disagree = any(DISAGREE in r.flags for r in chosen)
-    by = [r.params["by"] for r in chosen]
-    wanted = ENTERS if disagree and ENTERS in by else PROPOSES
-    found = [r for r in chosen if r.params["by"] == wanted]
+    found = handed_on(Results.read(path))
     if not found:
         raise ConfigError(f"{path} proposes no layer; give the results.json of an rq1 run (key: layers)")
-    return sorted(found, key=lambda r: r.value or 0)
+    return found
 
 
 def from_rq1(logger: Any, pair: LoadedPair) -> str:
@@ -152,7 +143,7 @@ def from_rq1(logger: Any, pair: LoadedPair) -> str:
         results = Results.read(str(path))
         models = results.provenance.get("models", {})
         same = {role: model.get("weights") for role, model in models.items()} == weights
-        if same and results.select(quantity="chosen_layer", by=PROPOSES):
+        if same and handed_on(results):
             return str(path.resolve())
     return FALLBACK
 

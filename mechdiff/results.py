@@ -52,6 +52,8 @@ CONTROLS = frozenset(
     split_half chance majority_letter base_vs_base
     """.split()  # noqa: SIM905
 )
+PROPOSES, ENTERS, DISAGREE = "cka_debiased", "patch_increment", "rankings_disagree"
+"""What the layers that a scan chose are chosen by, and its flag where two ways to rank them disagree."""
 
 
 @dataclass(frozen=True)
@@ -190,3 +192,18 @@ class Results:
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             reason = f"missing key {error}" if isinstance(error, KeyError) else error
             raise ConfigError(f"{path} is not a results.json: {reason}") from error
+
+
+def handed_on(records: Iterable[Record]) -> list[Record]:
+    """Return the layers that a scan hands to the questions after it, in order of depth.
+
+    They are those that differ most, unless patching puts the layers in another order: then those where most
+    of the effect enters.
+
+    Args:
+        records: The table of the scan.
+    """
+    chosen = [r for r in records if r.quantity == "chosen_layer"]
+    disagree = any(DISAGREE in r.flags for r in chosen)
+    wanted = ENTERS if disagree and any(r.params.get("by") == ENTERS for r in chosen) else PROPOSES
+    return sorted((r for r in chosen if r.params.get("by") == wanted), key=lambda r: r.value or 0)

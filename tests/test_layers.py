@@ -27,13 +27,8 @@ MAY_IMPORT = {
     "parser": {"pairs.spec"},  # how a command line is read
     "checkpoints": {"data.store", "interventions.sites"},  # what a checkpoint says of itself
     "prepare": {"pairs", "data", "extraction", "interventions.sites"},  # what a run needs before it is built
-    "study": {
-        "prepare",
-        "parser",
-        "functional",
-        "pairs.spec",
-        "reporting.report",
-    },  # what a study consists of
+    "study": {"prepare", "parser", "pairs.spec", "reporting.report"},  # what a study consists of
+    "contrasts": {"functional", "reporting.report"},  # numbers that compare its pairs
     "callbacks": {"modules.base", "interventions", "pairs", "data", "functional"},
     "extraction": {"interventions", "pairs", "data", "functional"},
     "modules": {"functional", "interventions.sites"},

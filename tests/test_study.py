@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,11 +17,14 @@ import yaml
 
 from mechdiff.__main__ import main
 from mechdiff.callbacks.base import Item
+from mechdiff.callbacks.layer_patch import LayerPatch
+from mechdiff.contrasts import compare
+from mechdiff.errors import ConfigError
 from mechdiff.functional.contrast import independent_difference
 from mechdiff.functional.stats import Interval
 from mechdiff.reporting.report.runs import read_study
 from mechdiff.results import Results
-from mechdiff.study import compare, plan
+from mechdiff.study import plan
 from tests.reporting.report.make_study import study as plausible
 from tests.workspace import ROOT, run, workspace, write_pair
 
@@ -42,6 +47,7 @@ def write_configs(folder: Path) -> Path:
             calls = [{"class_path": c, "init_args": a} for c, a in FEW.items()] if name == "rq1" else []
             body["trainer"]["callbacks"] = calls
             body["data"].setdefault("init_args", {})["tokens"] = None
+            body |= {"layers": "fallback"} if name == "clt" else {}
             del body["pair"]
             (folder / f"{name}_{domain}.yaml").write_text(yaml.safe_dump(body))
     return folder
@@ -59,14 +65,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def study(place: Path, out: Path, *more: str, pairs: Sequence[str] = ("pair", "other")) -> int:
+def command(place: Path, out: Path, *more: str, pairs: Sequence[str] = ("pair", "other")) -> list[str]:
     files = [str(place / f"{name}.yaml") for name in pairs]
     options = [
         f"--configs={place / 'configs'}",
         "--trainer.accelerator=cpu",
         f"--extraction.root={place / 'stores'}",
     ]
-    return main(["study", "--pair", *files, "--out", str(out), "--no-figures", *options, *more])
+    return ["study", "--pair", *files, "--out", str(out), "--no-figures", *options, *more]
+
+
+def study(place: Path, out: Path, *more: str, pairs: Sequence[str] = ("pair", "other")) -> int:
+    return main(command(place, out, *more, pairs=pairs))
+
+
+def raises(error: BaseException) -> Callable[..., None]:
+    def evaluate(*args: object) -> None:
+        raise error
+
+    return evaluate
 
 
 @pytest.fixture(scope="module")
@@ -140,14 +157,63 @@ def test_another_study_is_refused(place: Path, finished: Path, tmp_path: Path, c
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(place: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "study"
-    more = ("--data.val_frac=0.9", "--questions", "1,2")
-    assert study(place, out, *more, pairs=("pair",)) == 2
+    more = ("--data.val_frac=0.9", "--questions", "2")
+    assert study(place, out, *more) == 2
     said = capsys.readouterr()
     assert "tiny rq2: failed: mechdiff: " in said.out
+    assert "other rq2: failed: mechdiff: " in said.out
     assert "val_frac" in said.out
     assert (out / "tiny" / "rq2.log").is_file(), "beside the folder, which a refused run takes away"
-    failed = not (out / "tiny" / "rq1" / "done.json").is_file()
-    assert failed or "rq2 of tiny" in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_an_interrupt_ends_a_study_and_later_questions_follow_the_layers_of_rq1(
+    place: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "study"
+    table = out / "tiny" / "rq2" / "results.json"
+    assert study(place, out, "--questions", "2", pairs=("pair",)) == 0
+    assert Results.read(table).provenance["layers"]["from"] == "fallback"
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerPatch, "evaluate", raises(KeyboardInterrupt()))
+        assert study(place, out, "--questions", "1,2", pairs=("pair",)) == 130
+    said = capsys.readouterr().out
+    assert "tiny rq1: interrupted; the same command goes on from it" in said
+    assert "tiny rq2: " not in said.partition("interrupted")[2]
+    assert not (out / "tiny" / "rq1" / "done.json").exists()
+    assert study(place, out, "--questions", "1,2", pairs=("pair",)) == 0
+    assert "tiny rq2: run again: rq1 proposes other layers" in capsys.readouterr().out
+    assert Results.read(table).provenance["layers"]["from"] == str(out / "tiny" / "rq1" / "results.json")
+    assert study(place, out, "--questions", "2", pairs=("pair",)) == 0
+    assert "tiny rq2: done before" in capsys.readouterr().out
+
+
+def test_questions_that_take_layers_are_left_out_where_rq1_failed(
+    place: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "study"
+    monkeypatch.setattr(LayerPatch, "evaluate", raises(ConfigError("no")))
+    assert study(place, out, "--questions", "1,2", pairs=("pair",)) == 2
+    said = capsys.readouterr().out
+    assert "tiny rq1: failed: mechdiff: no" in said
+    assert "tiny rq2: left out: its layers come from rq1, which failed" in said
+    assert not (out / "tiny" / "rq2").exists()
+
+
+def test_sigterm_ends_a_study(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    code = (
+        "import os, signal, sys, time\n"
+        "from mechdiff.__main__ import main\n"
+        "from mechdiff.callbacks.layer_patch import LayerPatch\n"
+        "def told(*args):\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n    return []\n"
+        "LayerPatch.evaluate = told\n"
+        f"raise SystemExit(main({command(place, out, '--questions', '1,2', pairs=('pair',))}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 143, done.stderr
+    assert "tiny rq1: interrupted" in done.stdout
+    assert not list(out.rglob("results.json"))
+    assert not (out / "tiny" / "rq2").exists()
 
 
 @pytest.mark.parametrize(
@@ -216,6 +282,8 @@ def test_numbers_of_two_pairs_are_compared(tmp_path: Path) -> None:
         rows += [replace(row, arm=row.arm.replace("twin", "zero"), value=9.0) for row in rows]
         file = tmp_path / name / "rq4" / "items.parquet"
         pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), file)
+    for start, name in ((0, "cultural_smol"), (10, "cognitive_smol")):
+        write_patches(tmp_path / name / "rq1", range(start, start + 40))
     path = compare(read_study([tmp_path]))
     assert path == tmp_path / "contrasts.json"
     found = Results.read(path)
@@ -227,8 +295,9 @@ def test_numbers_of_two_pairs_are_compared(tmp_path: Path) -> None:
     }
     (r,) = found.select(quantity="churn_difference")
     assert r.value == pytest.approx(2 / 6)
-    assert r.n == 21
     assert (r.params["floor_from"], r.params["floors"]) == ("label_swap", [0.03, 0.03])
+    assert r.n == 12, "prompts of both are counted once"
+    assert r.flags == ("one_sibling_per_class", "not_paired")
     assert r.params["contrast"] == "cognitive_smol − cultural_smol"
     one, other = (
         p.one("rq2", quantity="r2_delta", site="resid_post.24", positions="last")
@@ -238,4 +307,32 @@ def test_numbers_of_two_pairs_are_compared(tmp_path: Path) -> None:
     assert other is not None
     ends = [Interval(x.value, x.low, x.high, x.n) for x in (one, other)]
     (r,) = found.select(quantity="r2_delta")
-    assert (r.value, r.low, r.high, r.n) == independent_difference(*ends)
+    assert (r.value, r.low, r.high) == independent_difference(*ends)[:3]
+    assert r.n == max(end.n for end in ends)
+    assert "not_paired" in r.flags
+    (r,) = found.select(quantity="patch_recovery")
+    assert r.params["sites"] == ["resid_post.28", "resid_post.28"], "the first proposed, not the better"
+    assert (r.value, r.n, r.flags) == (pytest.approx(0.0, abs=1e-6), 50, ("one_sibling_per_class",))
+    assert (r.high or 0) - (r.low or 0) < 0.2, "narrower than apart"
+    (tmp_path / "cognitive_smol" / "rq1" / "items.parquet").unlink()
+    compare(read_study([tmp_path]))
+    (r,) = Results.read(path).select(quantity="patch_recovery")
+    assert (r.n, r.flags) == (40, ("one_sibling_per_class", "not_paired"))
+
+
+def write_patches(folder: Path, prompts: range) -> None:
+    """Write values by prompt that agree with the record of a patch at the first layer proposed."""
+    (r,) = Results.read(folder / "results.json").select(
+        quantity="patch_recovery",
+        site="resid_post.28",
+        positions="last",
+        direction="into_tuned",
+        control="none",
+    )
+    rows = []
+    for i in prompts:
+        gap = 1 + i % 7 / 7
+        about = (str(r.site), "last", "into_tuned")
+        for arm, value in (("self", gap), ("raw", gap * (1 - (r.value or 0)))):
+            rows.append(Item(f"p{i}", "patch_kl_to_donor", *about, arm, value))
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), folder / "items.parquet")

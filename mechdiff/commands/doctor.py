@@ -9,22 +9,23 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mechdiff
 from mechdiff.commands.options import Options
-from mechdiff.errors import UsageError
+from mechdiff.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from mechdiff.pairs.spec import PairSpec
 
 ABOUT = "Say what is installed, which models and stores are in reach, and what is wrong. Nothing is fetched."
 SHOWN = ("torch", "lightning", "transformers", "peft", "h5py", "jsonargparse", "tensorboard", "matplotlib")
-SITES = 4
-"""Sites for which the disk is reckoned, as many as the shipped maps take."""
 TEMPLATE_ROWS = 40
+"""Rows of a chat template, at most, where they are kept too."""
+BYTES = {"float32": 4, "bfloat16": 2}
 GIB = 2**30
 
 
@@ -33,12 +34,14 @@ def parser() -> Options:
     found = Options("mechdiff doctor", description=ABOUT)
     pair_help = "pair files; by default those in configs/pairs"
     found.add_argument("--pair", nargs="+", action="extend", type=Path, metavar="FILE", help=pair_help)
+    config_help = "configuration for which the disk is reckoned; by default that of a run without any"
+    found.add_argument("--config", type=Path, metavar="FILE", help=config_help)
     found.add_argument("--stores", type=Path, default=Path("stores"), metavar="DIR", help="default: stores")
     return found
 
 
 def main(args: Sequence[str]) -> int:
-    """Look and tell; 1 if something is wrong.
+    """Look and tell; 1 if something is wrong, 2 if the configuration cannot be read.
 
     Args:
         args: Command line after the verb.
@@ -46,10 +49,15 @@ def main(args: Sequence[str]) -> int:
     given = parser().parse_args(args)
     pairs = given.pair or sorted(Path("configs/pairs").glob("*.yaml"))
     wrong: list[str] = []
+    try:
+        kept = _kept(given.config)
+    except UsageError as error:
+        print(f"mechdiff: {error}", file=sys.stderr)
+        return 2
     for title, lines in (
         ("installed", _installed(wrong)),
         ("devices", _devices()),
-        ("pairs", _pairs(pairs, bool(given.pair), given.stores, wrong)),
+        ("pairs", _pairs(pairs, bool(given.pair), given.stores, kept, wrong)),
         ("stores", _stores(given.stores, wrong)),
     ):
         for number, line in enumerate(lines):
@@ -58,6 +66,55 @@ def main(args: Sequence[str]) -> int:
     for line in wrong[1:]:
         print(f"{'':<10} {line}")
     return int(bool(wrong))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run stores of the fit prompts.
+
+    Attributes:
+        name: Name of its configuration, empty for a run without any.
+        layers: Its layers, as configured.
+        sources: Those of base, if they differ.
+        positions: Rows that are kept.
+        dtype: Type on disk.
+        stored: Whether it stores anything.
+    """
+
+    name: str = ""
+    layers: list[int | str] | str = "fallback"
+    sources: list[int | str] | str | None = None
+    positions: str = "all"
+    dtype: str = "float32"
+    stored: bool = True
+
+
+def _kept(config: Path | None) -> Kept:
+    """Read what a configuration stores.
+
+    Raises:
+        ConfigError: If it cannot be read, or says what no run would accept.
+    """
+    if config is None:
+        return Kept()
+    import yaml
+    from jsonargparse import Namespace
+
+    from mechdiff import prepare
+
+    try:
+        body = yaml.safe_load(config.read_text(encoding="utf-8"))
+        data, how = body.get("data") or {}, body.get("extraction") or {}
+        stored = prepare.needs_states(Namespace(class_path=data["class_path"]))
+        about = {key: how[key] for key in ("positions", "dtype") if key in how}
+        sources = (data.get("init_args") or {}).get("source_sites")
+        found = Kept(config.stem, body.get("layers", "fallback"), sources, **about, stored=stored)
+    except (OSError, yaml.YAMLError, AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{config} is not a configuration of a run: {reason} (key: --config)") from error
+    if found.dtype not in BYTES or found.positions not in ("all", "user", "last"):
+        raise ConfigError(f"{config} keeps {found.positions} rows as {found.dtype}; see ExtractionSpec")
+    return found
 
 
 def _installed(wrong: list[str]) -> Iterator[str]:
@@ -88,7 +145,7 @@ def _devices() -> Iterator[str]:
         yield "mps"
 
 
-def _pairs(files: Sequence[Path], asked: bool, stores: Path, wrong: list[str]) -> Iterator[str]:
+def _pairs(files: Sequence[Path], asked: bool, stores: Path, kept: Kept, wrong: list[str]) -> Iterator[str]:
     """Tell of each pair whether its models are here, and whether its stores will fit.
 
     A pair that the user did not name may lack its models: the shipped ones need gated weights.
@@ -107,8 +164,13 @@ def _pairs(files: Sequence[Path], asked: bool, stores: Path, wrong: list[str]) -
             wrong.append(f"{file} is not a pair file")
             continue
         lacking = dict(_lacking(spec))
-        need = _needed(spec)
-        disk = "" if need is None else f"; its stores need at most {need / GIB:.2f} GiB"
+        try:
+            found = _needed(spec, kept)
+        except UsageError as error:
+            wrong.append(f"{spec.name} with {kept.name}: {error}")
+            found = None
+        need, what = (None, "") if found is None else found
+        disk = "" if need is None else f"; its stores need at most {need / GIB:.2f} GiB ({what})"
         said = f"{', '.join(lacking)} not here" if lacking else "all models are here"
         yield f"{spec.name}: {said}{disk}"
         if asked:
@@ -134,21 +196,42 @@ def _lacking(spec: PairSpec) -> Iterator[tuple[str, str]]:
             yield Path(path).name, f"no file {path}"
 
 
-def _needed(spec: PairSpec) -> int | None:
-    """Return the most bytes that stores of a pair take at `SITES` sites, with a token per byte of text."""
+def _needed(spec: PairSpec, kept: Kept) -> tuple[int, str] | None:
+    """Return the most bytes that stores of a pair take, with a token per byte of text, and for what.
+
+    Raises:
+        UsageError: If the model has no such sites.
+    """
+    from mechdiff import prepare
     from mechdiff.data.prompts import load_prompts, select
 
+    whose = kept.name or "a run without a configuration"
+    if not kept.stored:
+        return 0, f"{whose} stores no states"
     try:
         texts = [p.text for p in select(load_prompts(spec.prompts), "fit")]
     except UsageError:
         return None
-    width = _width(spec)
-    rows = sum(len(text.encode()) + TEMPLATE_ROWS for text in texts)
-    return None if width is None else 2 * SITES * rows * width * 4
+    base = _shape(spec)
+    if base is None:
+        return None
+    width, depth, heads = base
+    stride = kept.layers == prepare.STRIDE
+    sites = prepare.settle_sites(prepare.parse_layers(kept.layers), depth, stride=stride)
+    sources = prepare.parse_layers(kept.sources) if kept.sources else None
+    columns = sum(
+        width * (heads if site.component == "head_out" else 1) for site in [*sites, *(sources or sites)]
+    )
+    longest = [len(text.encode()) + (TEMPLATE_ROWS if kept.positions == "all" else 0) for text in texts]
+    rows = len(texts) if kept.positions == "last" else sum(longest)
+    which = {"all": "all positions", "user": "positions of the message", "last": "the last position"}
+    at = f"{len(sites)} site{'s' * (len(sites) != 1)}"
+    what = f"{len(texts)} fit prompts at {at}, {which[kept.positions]}, {kept.dtype}"
+    return rows * columns * BYTES[kept.dtype], f"{whose}: {what}"
 
 
-def _width(spec: PairSpec) -> int | None:
-    """Return the width of base, None if its configuration is not here yet."""
+def _shape(spec: PairSpec) -> tuple[int, int, int] | None:
+    """Return width, depth and heads of base, None if its configuration is not here yet."""
     from mechdiff.pairs.sources import cache_folder, in_reach
 
     try:
@@ -157,7 +240,13 @@ def _width(spec: PairSpec) -> int | None:
         return None
     made = cache_folder() / "models"
     files = [place / "config.json"] if place.is_dir() else sorted(made.glob(f"{place.stem}-*/config.json"))
-    return int(json.loads(files[0].read_text())["hidden_size"]) if files and files[0].is_file() else None
+    if not (files and files[0].is_file()):
+        return None
+    about = json.loads(files[0].read_text(encoding="utf-8"))
+    about = about.get("text_config", about)
+    names = (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"))
+    width, depth, heads = (next((int(about[n]) for n in either if n in about), 0) for either in names)
+    return (width, depth, heads) if width and depth and heads else None
 
 
 def _stores(folder: Path, wrong: list[str]) -> Iterator[str]:

@@ -24,6 +24,10 @@ ABOUT = (
     "Run RQ1 to RQ4 of each pair in order and write one report. What is done is not run again: the same "
     "command goes on where it stopped. Further options, such as --trainer.accelerator=cpu, go to every run."
 )
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell has it."""
+REFUSED = 2
+"""Exit code of a run that a user's mistake ends."""
 
 
 def parser() -> Options:
@@ -59,7 +63,7 @@ class Remaining(ProgressColumn):
 
 
 def main(args: Sequence[str]) -> int:
-    """Run a study; a user's mistake is one line and exit code 2.
+    """Run a study; a user's mistake is one line and exit code 2, Ctrl-C ends it with 130.
 
     Args:
         args: Command line after the verb.
@@ -70,6 +74,8 @@ def main(args: Sequence[str]) -> int:
     except UsageError as error:
         print(f"mechdiff: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def questions(text: str) -> list[str]:
@@ -86,9 +92,10 @@ def questions(text: str) -> list[str]:
 
 def _study(given: argparse.Namespace, more: Sequence[str]) -> int:
     asked = questions(given.questions)
+    from mechdiff.contrasts import compare
     from mechdiff.reporting.report.page import write_report
     from mechdiff.reporting.report.runs import read_study
-    from mechdiff.study import claim, compare, plan, read_pair
+    from mechdiff.study import claim, plan, read_pair
 
     names = [read_pair(path).name for path in given.pair]
     out = (given.out or Path("runs") / "_".join(["study", *names])).resolve()
@@ -117,26 +124,37 @@ def _run(steps: Sequence[Step], more: Sequence[str], console: Console) -> list[S
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None, left=0.0, pace=1.0, since=lambda: 0.0)
         for number, step in enumerate(steps):
+            named = f"{step.name} {step.question}"
             if step.done:
-                console.print(f"{step.name} {step.question}: done before", highlight=False)
+                console.print(f"{named}: done before", highlight=False)
                 continue
+            if any(f.name == step.name and f.question == "rq1" for f in failed) and step.takes_layers:
+                console.print(f"{named}: left out: its layers come from rq1, which failed", highlight=False)
+                failed.append(step)
+                continue
+            if step.ended:
+                console.print(f"{named}: run again: rq1 proposes other layers than it had", highlight=False)
             began = time.monotonic()
             left = 60 * sum(MINUTES[s.question] for s in steps[number:] if not s.done)
             said = f"{step.name} {step.question} ({number + 1} of {len(steps)})"
             since = lambda began=began: time.monotonic() - began  # noqa: E731 - read while it runs
             progress.update(task, description=said, left=left, pace=_pace(steps), since=since)
             step.begin()
-            with step.log.open("w", encoding="utf-8") as log:
-                code = _call(RUNS[step.question][0], step.arguments(more), log)
+            try:
+                with step.log.open("w", encoding="utf-8") as log:
+                    code = _call(RUNS[step.question][0], step.arguments(more), log)
+            except (KeyboardInterrupt, SystemExit):
+                console.print(f"{named}: interrupted; the same command goes on from it", highlight=False)
+                raise
             seconds = time.monotonic() - began
             if code == 0:
                 step.end(seconds)
-                console.print(f"{step.name} {step.question}: done in {seconds:.0f} s", highlight=False)
+                console.print(f"{named}: done in {seconds:.0f} s", highlight=False)
             else:
                 failed.append(step)
                 reason = step.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
                 console.print(
-                    f"{step.name} {step.question}: failed: {' '.join(reason)}",
+                    f"{named}: failed: {' '.join(reason)}",
                     soft_wrap=True,
                     highlight=False,
                 )
@@ -153,11 +171,20 @@ def _pace(steps: Sequence[Step]) -> float:
 
 
 def _call(verb: str, args: Sequence[str], log: TextIO) -> int:
-    """Run a verb of the command line in this process; the models stay loaded for the next question."""
+    """Run a verb of the command line in this process; the models stay loaded for the next question.
+
+    Raises:
+        KeyboardInterrupt: Where the user interrupts it, which Lightning turns into an exit with code 1.
+        SystemExit: Where anything else but a user's mistake ends it.
+    """
     from mechdiff.cli import main as run
 
     try:
         with redirect_stdout(log), redirect_stderr(log):
             return run(verb, args)
     except SystemExit as left:
-        return int(left.code or 0)
+        if left.code == REFUSED:
+            return REFUSED
+        if isinstance(left.__context__, KeyboardInterrupt):
+            raise left.__context__ from None
+        raise

@@ -1,14 +1,20 @@
-"""Interval around the difference of two estimates from prompts of their own.
+"""Interval around the difference of two estimates, from prompts of their own or from shared ones.
 
-The distances of each estimate from the ends of its interval are combined as standard errors would be, which
-keeps intervals that are not symmetric and asks nothing but the intervals themselves.
+1. Apart: the distances of each estimate from the ends of its interval are combined as standard errors would
+   be, which keeps intervals that are not symmetric and asks nothing but the intervals themselves.
+2. Together: prompts are resampled with what both estimates make of them.
 
-Source: Zou and Donner, Statistics in Medicine 27 (2008) 1693, equation 2 with independent estimates.
+Source: Zou and Donner, Statistics in Medicine 27 (2008) 1693, equation 2 with independent estimates, for 1.
 """
 
 import math
 
-from mechdiff.functional.stats import Interval
+import torch
+from torch import Tensor
+
+from mechdiff.config import BOOTSTRAP_DRAWS, LEVEL
+from mechdiff.errors import FitError
+from mechdiff.functional.stats import Interval, resample
 
 
 def independent_difference(first: Interval, second: Interval) -> Interval:
@@ -30,3 +36,49 @@ def independent_difference(first: Interval, second: Interval) -> Interval:
     low = value - math.hypot(second.value - second.low, first.high - first.value)
     high = value + math.hypot(second.high - second.value, first.value - first.low)
     return Interval(value, low, high, first.n + second.n)
+
+
+def recovery_difference(
+    cells: Tensor,
+    *,
+    generator: torch.Generator,
+    draws: int = BOOTSTRAP_DRAWS,
+    level: float = LEVEL,
+) -> Interval:
+    """Estimate second − first of two recoveries 1 − Σ left / Σ gap, over the distinct prompts of both.
+
+    Prompts of both, of the first and of the second alone are resampled each among themselves, so that every
+    resample has as many prompts of either as there are.
+
+    Args:
+        cells: Left and gap of the first, left and gap of the second, `(prompts, 4)`; a prompt that one of
+            them has not seen is 0 there.
+        generator: Source of the resamples.
+        draws: Number of resamples.
+        level: Coverage.
+
+    Returns:
+        The difference with its percentile interval; n counts distinct prompts.
+
+    Raises:
+        FitError: If one of them has no gap.
+
+    >>> shared = torch.tensor([[1.0, 2.0, 0.5, 2.0], [3.0, 6.0, 1.5, 6.0]])
+    >>> recovery_difference(shared, generator=torch.Generator().manual_seed(0))
+    Interval(value=0.25, low=0.25, high=0.25, n=2)
+    """
+    cells = cells.detach().to("cpu", torch.float64)
+    total = cells.sum(0)
+    if not (total[1] > 0 and total[3] > 0):
+        raise FitError(f"gaps of {total[1]:g} and {total[3]:g} nats; recoveries need gaps above 0")
+    seen = 2 * (cells[:, :2] != 0).any(1).long() + (cells[:, 2:] != 0).any(1).long()
+    parts = [cells[seen == kind] for kind in seen.unique()]
+    drawn = torch.stack([resample(part, draws, generator) for part in parts]).sum(0)
+    values, tail = _recovered(drawn), (1 - level) / 2
+    low = values.quantile(tail, interpolation="lower").item()
+    high = values.quantile(1 - tail, interpolation="higher").item()
+    return Interval(_recovered(total[None]).item(), low, high, len(cells))
+
+
+def _recovered(sums: Tensor) -> Tensor:
+    return sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]

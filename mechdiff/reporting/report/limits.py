@@ -12,7 +12,7 @@ from mechdiff.reporting.report.runs import QUESTIONS, Study
 from mechdiff.reporting.report.setup import mass
 from mechdiff.reporting.report.verdict import judge, words
 from mechdiff.reporting.report.view import View, count
-from mechdiff.reporting.report.where import BEHAVIOURS
+from mechdiff.reporting.report.where import BEHAVIOURS, behaviour
 
 FLAGS = {
     "rankings_disagree": "divergence and patching rank the layers differently",
@@ -44,18 +44,12 @@ def robustness(views: Sequence[View]) -> Section:
                 and r.value is not None
                 and masked.value is not None
             ):
-                label = " ".join(
-                    [
-                        BEHAVIOURS[r.quantity],
-                        *(str(v) for k, v in r.params.items() if k not in ("masking", "format")),
-                    ]
-                )
                 moved = (
                     "yes"
                     if (r.low or 0) > (masked.high or 0) or (r.high or 0) < (masked.low or 0)
                     else "no: the intervals overlap"
                 )
-                rows.append([[label], [view.number(r)], [view.number(masked)], [moved], [count(r)]])
+                rows.append([[behaviour(r)], [view.number(r)], [view.number(masked)], [moved], [count(r)]])
         if rows:
             head = ["tuned − base", "all tokens", "shared tokens only", "changed by masking", "n"]
             panel.blocks.append(

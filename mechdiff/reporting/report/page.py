@@ -48,7 +48,7 @@ def write_report(places: Sequence[str | Path], out: str | Path, figures: bool = 
     Raises:
         ConfigError: If there is no table, or one cannot be read.
     """
-    study = read_study(places)
+    study = read_study(places, out)
     context = _context(study, figures)
     environment = Environment(
         loader=PackageLoader("mechdiff.reporting.report"),

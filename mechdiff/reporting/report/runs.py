@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +29,11 @@ STUDY = "study.json"
 
 @dataclass(frozen=True)
 class Run:
-    """The table of one run and where it lies."""
+    """The table of one run, where it lies, and what a report calls that place."""
 
     path: Path
     results: Results
+    name: str
 
     @property
     def question(self) -> str:
@@ -84,7 +86,7 @@ class Pair:
 
     def file(self, question: str) -> str:
         """Return the table that answers a question, as it is named in the report."""
-        return str(self.runs[question].path) if question in self.runs else ""
+        return self.runs[question].name if question in self.runs else ""
 
 
 @dataclass
@@ -101,11 +103,12 @@ class Study:
         return " and ".join(pair.name for pair in self.pairs)
 
 
-def read_study(places: Sequence[str | Path]) -> Study:
+def read_study(places: Sequence[str | Path], beside: str | Path | None = None) -> Study:
     """Read tables of results, folders of runs, or the folder of a study.
 
     Args:
         places: Files and folders; a folder is searched for tables.
+        beside: Folder from which a report names the tables, so that it tells nothing of this machine.
 
     Raises:
         ConfigError: If there is no table, one cannot be read, or two answer the same question of a pair.
@@ -123,7 +126,8 @@ def read_study(places: Sequence[str | Path]) -> Study:
         if path.name == CONTRASTS:
             contrasts = Results([*contrasts, *results], results.provenance)
             continue
-        run = Run(path, results)
+        name = path if beside is None else Path(os.path.relpath(path, beside))
+        run = Run(path, results, name.as_posix())
         if not run.question:
             continue
         pair = pairs.setdefault(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,11 +102,9 @@ def mass(view: View) -> list[Record]:
 def _model(spec: Any) -> str:
     if not isinstance(spec, dict):
         return "–"
-    name = (
-        str(spec.get("id", "")).rpartition("/")[2]
-        if "wheel:" in str(spec.get("id"))
-        else str(spec.get("id", ""))
-    )
+    name = str(spec.get("id", ""))
+    if "wheel:" in name or os.path.isabs(name):  # where it lies on one machine says nothing
+        name = name.rstrip("/").rpartition("/")[2]
     adapter = str(spec.get("adapter") or "").rstrip("/").rpartition("/")[2]
     return f"{name} + adapter {adapter}" if adapter else name
 
@@ -156,7 +155,7 @@ def provenance(views: Sequence[View]) -> Section:
                 source,
                 weights,
                 packages,
-                run.path,
+                run.name,
             ]
             rows.append(
                 [[f"{view.name} {question}"], *([str(x) if x not in (None, "") else "–"] for x in columns)]

@@ -20,7 +20,7 @@ from mechdiff.reporting.report.content import (
 )
 from mechdiff.reporting.report.verdict import judge, words
 from mechdiff.reporting.report.view import View, count, mark, span
-from mechdiff.results import Record
+from mechdiff.results import DISAGREE, Record, handed_on
 
 BEHAVIOURS = {
     "refusal_rate": "refusals",
@@ -83,25 +83,25 @@ def behaviours(
     """Return label, base, tuned and their difference of behaviours, without masking."""
     found: list[tuple[str, Record | None, Record | None, Record | None]] = []
     for quantity in quantities:
-        name = BEHAVIOURS[quantity]
         cells: dict[str, dict[str, Record]] = {}
         for r in view.pair.select("rq1", quantity=quantity, control="none"):
             if not r.params.get("masking") and "contrast" not in r.params:
-                told = [words(v) for k, v in r.params.items() if k not in ("masking", "format", "direction")]
-                cells.setdefault(" ".join([name, *told]), {})[r.model] = r
+                cells.setdefault(behaviour(r), {})[r.model] = r
         for label, cell in cells.items():
             if cell.get("base") and any(r.value is not None for r in cell.values()):
                 found.append((label, cell["base"], cell.get("tuned"), cell.get("pair")))
     return found
 
 
+def behaviour(r: Record) -> str:
+    """Name a behaviour by all that tells it from others, such as the form of a benchmark; but for masking."""
+    told = [words(v) for k, v in r.params.items() if k not in ("masking", "direction")]
+    return " ".join([BEHAVIOURS[r.quantity], *told])
+
+
 def proposed(view: View) -> list[Record]:
     """Return the layers handed on: where states differ most or, if patching disagrees, the effect enters."""
-    chosen = view.pair.select("rq1", quantity="chosen_layer")
-    disagree = any("rankings_disagree" in r.flags for r in chosen)
-    by = {r.params.get("by") for r in chosen}
-    wanted = "patch_increment" if disagree and "patch_increment" in by else "cka_debiased"
-    return sorted((r for r in chosen if r.params.get("by") == wanted), key=lambda r: r.value or 0)
+    return handed_on(view.pair.select("rq1"))
 
 
 def recovery(view: View, site: str | None, positions: str = "last") -> Record | None:
@@ -124,7 +124,7 @@ def takeaway(view: View) -> Takeaway:
     r, found, controls = judged[best]
     parts: list[Inline] = [f"Probe layers {names} in RQ2–RQ4. At layer {r.value:.0f} base's state recovers "]
     parts += [*view.sentence(found, controls), f"; {verdicts[best].why}."]
-    if any("rankings_disagree" in r.flags for r in layers):
+    if any(DISAGREE in r.flags for r in layers):
         parts.append(
             " Divergence and patching rank the layers differently: these are where the effect enters."
         )

@@ -116,8 +116,7 @@ def test_every_number_links_to_a_record_with_interval_n_and_control(page: str, f
     assert first is not None
     cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", first[0])
     assert len(cells) == 13
-    path = Path(cells[-1])
-    assert path.is_file()
+    assert (folder / cells[-1]).is_file()
     hints = [v for tag, name, v in found.attributes if tag == "a" and name == "title"]
     assert all("interval" in hint and "n = " in hint for hint in hints)
     assert all("control: " in hint or "split " in hint for hint in hints)
@@ -156,10 +155,50 @@ def test_text_of_a_record_stays_text(tmp_path: Path) -> None:
     Page(text)
 
 
-def test_the_same_records_give_the_same_bytes(folder: Path, tmp_path: Path, page: str) -> None:
-    html, md = write_report([folder], tmp_path, figures=False)
+def test_the_same_records_give_the_same_bytes(folder: Path, page: str) -> None:
+    before = (folder / "report.md").read_bytes()
+    html, md = write_report([folder], folder, figures=False)
     assert html.read_text(encoding="utf-8") == page
-    assert md.read_bytes() == (folder / "report.md").read_bytes()
+    assert md.read_bytes() == before
+
+
+def test_it_tells_nothing_of_the_machine(tmp_path: Path) -> None:
+    place = study(tmp_path / "runs" / "study", ("cultural_smol",))
+    table = place / "cultural_smol" / "rq1" / "results.json"
+    results = Results.read(table)
+    results.provenance["pair"]["base"]["id"] = str(tmp_path / "models" / "own")
+    results.write(table)
+    for out, named in ((place, ""), (tmp_path / "pages", "../runs/study/")):
+        for path in write_report([place], out, figures=False):
+            text = path.read_text(encoding="utf-8")
+            assert f"{named}cultural_smol/rq1/results.json" in text
+            assert ">own<" in text or "| own |" in text
+            assert str(tmp_path) not in text
+            assert "/somewhere" not in text
+
+
+def test_forms_of_a_benchmark_have_rows_of_their_own(tmp_path: Path) -> None:
+    results = run_of("rq1")
+    cell = {"question": "rq1", "quantity": "mc_acc", "n": 40, "unit": "fraction", "split": "eval"}
+    values = {"cloze": (0.3, 0.4, 0.1), "letter": (0.5, 0.8, 0.3)}
+    results.records = [r for r in results if r.quantity != "mc_acc"]
+    for form, found in values.items():
+        for model, value in zip(("base", "tuned", "pair"), found, strict=True):
+            for masking in (False, True):
+                params = {"benchmark": "mc_kk", "format": form, "masking": masking}
+                about = {"model": model, "params": params, "low": value - 0.05, "high": value + 0.05}
+                results.records.append(Record(**cell, value=value, **about))
+    results.provenance = provenance("cultural_smol", "cultural")
+    results.write(tmp_path / "results.json")
+    _, md = write_report([tmp_path], tmp_path, figures=False)
+    lines = md.read_text(encoding="utf-8").splitlines()
+    for form, (base, tuned, change) in values.items():
+        label = f"multiple choice mc kk {form}"
+        row, masked = (line for line in lines if line.startswith(f"| {label} |"))
+        assert all(said in row for said in (f"{base:.0%}".replace("%", " %"), f"{100 * change:+.0f} pp"))
+        assert f"{tuned:.0%}".replace("%", " %") in row
+        assert masked.count(f"{100 * change:+.0f} pp") == 2
+        assert any("Baseline, cultural_smol" in line and label in line for line in lines)
 
 
 def test_a_study_cut_in_half_names_what_is_missing(tmp_path: Path) -> None:
