@@ -20,6 +20,7 @@ import torch
 
 from mechdiff.callbacks.base import readable, spread
 from mechdiff.callbacks.handle_evaluation import Handle, residuals, subspaces, two_engines
+from mechdiff.callbacks.side_effects import ANSWER_CHARS
 from mechdiff.callbacks.sweep_behaviour import generated, graded, translations
 from mechdiff.callbacks.sweep_controls import Controls, Random
 from mechdiff.callbacks.sweep_costs import Neutral, neutral_sides
@@ -51,10 +52,9 @@ class Steering(SweepReport):
         max_eval: Evaluation targets, the same.
         max_neutral: Neutral prompts of dev and of eval, the same.
         min_neutral: Neutral prompts that each of the two must hold.
-        answer_tokens: Longest answer of neutral prompts.
+        answer_chars: Longest answer, in characters: tokens hold more of one language than of another.
         graded_prompts: Evaluation targets whose graded behaviour is read.
         generated_prompts: Evaluation targets that are answered.
-        generated_tokens: Longest of these answers.
         draws: Random subspaces of each kind, 100 or more to claim an effect.
         random_dev: Dev targets that choose the strength of a random subspace.
         random_eval: Evaluation targets on which it is read.
@@ -76,10 +76,9 @@ class Steering(SweepReport):
         max_eval: int | None = None,
         max_neutral: int | None = None,
         min_neutral: int = NEED,
-        answer_tokens: int = 12,
+        answer_chars: int = ANSWER_CHARS,
         graded_prompts: int = 8,
         generated_prompts: int = 16,
-        generated_tokens: int = 16,
         draws: int = 100,
         random_dev: int = 4,
         random_eval: int = 12,
@@ -99,8 +98,7 @@ class Steering(SweepReport):
             ("max_dev", max_dev),
             ("max_eval", max_eval),
             ("max_neutral", max_neutral),
-            ("answer_tokens", answer_tokens),
-            ("generated_tokens", generated_tokens),
+            ("answer_chars", answer_chars),
             ("random_dev", random_dev),
             ("random_eval", random_eval),
         ):
@@ -115,8 +113,8 @@ class Steering(SweepReport):
         self.alphas = sorted({float(alpha) for alpha in alphas})
         self.tested_sites, self.max_dev, self.max_eval = tested_sites, max_dev, max_eval
         self.max_neutral, self.min_neutral = max_neutral, min_neutral
-        self.answer_tokens, self.graded_prompts = answer_tokens, graded_prompts
-        self.generated_prompts, self.generated_tokens = generated_prompts, generated_tokens
+        self.answer_chars, self.graded_prompts = answer_chars, graded_prompts
+        self.generated_prompts = generated_prompts
         self.draws, self.random_dev, self.random_eval = draws, random_dev, random_eval
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
@@ -205,8 +203,8 @@ class Steering(SweepReport):
         ids, found = translations(pair), {}
         for where in self.directions:
             sides = (base, tuned) if where == "into_base" else (tuned, base)
-            tokens = self.answer_tokens
-            found[where] = Neutral(module, *sides, sites, pair.spec.domain, ids[where], tokens, self.seed)
+            chars = self.answer_chars
+            found[where] = Neutral(module, *sides, sites, pair.spec.domain, ids[where], chars, self.seed)
         return found
 
     # --- what is tested -------------------------------------------------------------------------------------
@@ -290,7 +288,7 @@ class Steering(SweepReport):
         read = list(graded(module, pair, final, cells, self.graded_prompts)) if self.graded_prompts else []
         said = []
         if finalists and self.generated_prompts:
-            sizes = self.generated_prompts, self.generated_tokens
+            sizes = self.generated_prompts, self.answer_chars
             said = list(generated(module, pair, final, finalists, translations(pair), *sizes))
         yield from self._behaviours(read, said)
 

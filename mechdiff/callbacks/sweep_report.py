@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechdiff.callbacks.base import Item
 from mechdiff.callbacks.handle_evaluation import CHOSEN, Handle, HandleEvaluation
-from mechdiff.callbacks.sweep_behaviour import GENERATED, Moved
+from mechdiff.callbacks.sweep_behaviour import Moved
 from mechdiff.callbacks.sweep_controls import Random
 from mechdiff.callbacks.sweep_effects import INTO_TUNED, Arms, direction
 from mechdiff.functional.handles import minimal_k
@@ -177,7 +177,9 @@ class SweepReport(HandleEvaluation):
         return self.ratio(left, whole, moved.noise, name, **about)
 
     def _behaviours(
-        self, graded: Sequence[tuple[str, Handle, Moved]], generated: Sequence[tuple[Handle, Moved]]
+        self,
+        graded: Sequence[tuple[str, Handle, Moved]],
+        generated: Sequence[tuple[str, Handle, Moved, int]],
     ) -> Iterator[Record]:
         """Yield graded and generated effects; a generated one that contradicts a graded one is flagged."""
         by_cell: dict[Handle, list[Record]] = {}
@@ -185,10 +187,14 @@ class SweepReport(HandleEvaluation):
             by_cell.setdefault(cell, []).append(self._moved(cell, metric, moved))
         for found in by_cell.values():
             yield from found
-        for cell, moved in generated:
-            record = self._moved(cell, GENERATED, moved)
-            apart = any(_apart(record, other) for other in by_cell.get(cell, ()))
-            yield replace(record, flags=(*record.flags, "disagrees_with_graded")) if apart else record
+        for metric, cell, moved, cut in generated:
+            record = self._moved(cell, metric, moved)
+            flags = list(record.flags)
+            if any(_apart(record, other) for other in by_cell.get(cell, ())):
+                flags.append("disagrees_with_graded")
+            if cut:
+                flags.append("cut_answers")
+            yield replace(record, flags=tuple(flags))
 
     def _keep(self, prompts: Sequence[str], cell: Handle, name: str, values: Tensor) -> None:
         arm = f"{cell.kind}/{cell.k}"

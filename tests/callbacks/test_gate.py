@@ -18,8 +18,7 @@ from tests.toys import loaded
 SIZES = {
     "max_targets": 8,
     "max_neutral": 8,
-    "answer_tokens": 4,
-    "generated_tokens": 3,
+    "answer_chars": 4,
     "tokens_per_batch": 200,
 }
 HANDLE = Handle(Site.parse(SITES[0]), "mapped", 2, 1.0)
@@ -160,5 +159,5 @@ def test_mistakes_are_named():
         Gate(kind="interchange")
     with pytest.raises(ConfigError, match="keep is 0"):
         Gate(keep=0)
-    with pytest.raises(ConfigError, match="generated_tokens is 30"):
-        Gate(generated_tokens=30)
+    with pytest.raises(ConfigError, match="answer_chars is 0"):
+        Gate(answer_chars=0)

