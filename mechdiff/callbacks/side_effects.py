@@ -37,8 +37,8 @@ MAX_BPB, MAX_PP = 0.05, 5.0
 """Most that an edit may cost: a fraction of the bits per byte, and percentage points of prompts that turn."""
 
 ANSWER_CHARS = 64
-"""Characters of an answer that are read: a refusal is recognised in them in every language. No small number of
-tokens does that where one tokenizer takes a token and another ten for the same word."""
+"""Characters of an answer that are read: a refusal is recognised in them in every language. No small number
+of tokens does that where one tokenizer takes a token and another ten for the same word."""
 
 Edits = Callable[[Sequence[int], Tensor], Mapping[Site, Edit]]
 """From the numbers of the prompts of a batch, and where their answers are, to edits; `(batch, position)`."""

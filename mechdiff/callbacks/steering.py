@@ -20,10 +20,11 @@ import torch
 
 from mechdiff.callbacks.base import readable, spread
 from mechdiff.callbacks.handle_evaluation import Handle, residuals, subspaces, two_engines
+from mechdiff.callbacks.neutral_answers import neutral_sides
 from mechdiff.callbacks.side_effects import ANSWER_CHARS
 from mechdiff.callbacks.sweep_behaviour import generated, graded, translations
 from mechdiff.callbacks.sweep_controls import Controls, Random
-from mechdiff.callbacks.sweep_costs import Neutral, neutral_sides
+from mechdiff.callbacks.sweep_costs import Neutral
 from mechdiff.callbacks.sweep_effects import Arms, Targets, direction
 from mechdiff.callbacks.sweep_report import EDITS, INTO_TUNED, Key, SweepReport, quantity
 from mechdiff.config import ALPHA_GRID, K_SWEEP

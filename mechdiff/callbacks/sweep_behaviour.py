@@ -140,11 +140,12 @@ def generated(
         away = "into_tuned" if where == "into_base" else "into_base"
         keys = (away, plain), (where, plain), (where, cell)
         for metric, reads in _readings(pair.spec.domain).items():
-            found = []
+            found: list[tuple[str, float, float, float, float]] = []
             for i in indices:
-                values = [reads(targets.prompts[i], answers[*key, i]) for key in keys]
-                if None not in values:
-                    found.append((targets.prompts[i].id, *map(float, values), 0.0))  # type: ignore[arg-type]
+                prompt = targets.prompts[i]
+                end, start, value = (reads(prompt, answers[*key, i]) for key in keys)
+                if end is not None and start is not None and value is not None:
+                    found.append((prompt.id, float(end), float(start), float(value), 0.0))
             if found:
                 yield metric, cell, _moved(found), cut[cell]
 

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from mechdiff.callbacks.edited_answers import NEEDS_DONOR, answer_edited, batches, continued
-from mechdiff.callbacks.handle_evaluation import Handle, same_end, two_sides
+from mechdiff.callbacks.edited_answers import NEEDS_DONOR, answer_edited
+from mechdiff.callbacks.handle_evaluation import Handle
+from mechdiff.callbacks.neutral_answers import Read, read_answers
 from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.side_effects import (
     MAX_BPB,
@@ -33,50 +33,18 @@ from mechdiff.callbacks.side_effects import (
     turned,
     turned_record,
 )
-from mechdiff.callbacks.states import read_last
-from mechdiff.data.prompts import Prompt
 from mechdiff.errors import PromptError
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import bootstrap_ratio, generator
 from mechdiff.interventions.generation import stop_tokens
-from mechdiff.interventions.hooks import record, stop_after
-from mechdiff.interventions.lockstep import decode
 from mechdiff.interventions.sites import Site
-from mechdiff.interventions.suffix import SuffixEngine
 from mechdiff.modules.base import DiffModule
-from mechdiff.pairs.loading import LoadedPair
 from mechdiff.results import Record
 
 SCREEN = 32
 """Prompts on which an edit is tried first."""
 TOKENS = 1024
 """Tokens of answers that are scored at once, over all edits."""
-
-
-class _Read(NamedTuple):
-    """An answer as both models have read it, from the last token of its prompt on.
-
-    Attributes:
-        tokens: What the edited model reads, `(T,)`.
-        answer: What follows each of them, `(m,)`; m is T, or T − 1 where the answer had ended.
-        own: Its states by site, `(T, d)`.
-        donor: The other model's, `(t, d)`; t is less than T where it does not have a token of the answer.
-    """
-
-    tokens: Tensor
-    answer: Tensor
-    own: dict[Site, Tensor]
-    donor: dict[Site, Tensor]
-
-    @property
-    def heard(self) -> int:
-        """Tokens that the other model can read too."""
-        return len(next(iter(self.donor.values())))
-
-    def shared(self) -> _Read:
-        """Return what the other model can follow."""
-        t = self.heard
-        return _Read(self.tokens[:t], self.answer[:t], {s: h[:t] for s, h in self.own.items()}, self.donor)
 
 
 @dataclass
@@ -123,31 +91,13 @@ class Neutral:
     chars: int
     seed: int
     kept: list[int] = field(default_factory=list)
-    reads: list[_Read] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
     before: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.stops = stop_tokens(self.mine.loaded.model, self.mine.loaded.tokenizer.eos_token_id)
         self.reach = answer_reach(self.mine.loaded, self.chars)
-        found: dict[int, _Read] = {}
-        for batch in batches(self.mine, self.other, range(len(self.mine.encoded))):
-            mine, other = (continued(side, batch) for side in (self.mine, self.other))
-            said = decode(mine, self.reach, self.stops, sites=self.sites)
-            known = [self._known(ids) for ids in said.answers]
-            theirs = [[int(i) for i in self.translate[ids]] if ids else [] for ids in known]
-            follow = pad_sequence([torch.tensor(ids) for ids in theirs], batch_first=True).long()
-            model, last = self.other.loaded.model, max(site.layer for site in self.sites)
-            with record(model, self.sites) as seen, stop_after(model, last):
-                other.step(torch.cat([other.last, follow.to(other.last)], 1))
-            for row, (index, ids) in enumerate(zip(batch, said.answers, strict=True)):
-                if ids:
-                    length = len(ids) + said.ended[row]  # one token more tells if it still does
-                    answer = torch.tensor(ids, device=mine.last.device)
-                    tokens = torch.cat([mine.last[row], answer])[:length]
-                    own = {site: said.states[site][row, :length] for site in self.sites}
-                    heard = length if len(known[row]) == len(ids) else len(known[row])
-                    donor = {site: seen[site][row, :heard].clone() for site in self.sites}
-                    found[index] = _Read(tokens, answer, own, donor)
+        found = read_answers(self.mine, self.other, self.sites, self.translate, self.reach, self.stops)
         for index, read in sorted(found.items()):
             self.kept.append(index)
             self.reads.append(read)
@@ -158,11 +108,6 @@ class Neutral:
             )
         self.heard = torch.tensor([read.heard for read in self.reads])
         self.plain = torch.full((2, len(self.reads)), torch.nan, dtype=torch.float64)
-
-    def _known(self, ids: Sequence[int]) -> list[int]:
-        """Cut an answer before the first token that the other model does not have."""
-        known = [bool(self.translate[i] >= 0) for i in ids]
-        return list(ids[: known.index(False)] if False in known else ids)
 
     def score(self, cells: Sequence[Handle], rows: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Score the answers of some prompts with each edit of one site.
@@ -189,7 +134,7 @@ class Neutral:
                     self.plain[1, row] = 0.0
         return nats, stay
 
-    def _score(self, cells: Sequence[Handle], row: int, read: _Read, which: int) -> tuple[Tensor, Tensor]:
+    def _score(self, cells: Sequence[Handle], row: int, read: Read, which: int) -> tuple[Tensor, Tensor]:
         site = cells[0].site
         own = read.own[site]
         donor = read.donor[site].to(own) if which else None
@@ -351,17 +296,6 @@ class Neutral:
         rows = self._read_by(cell).tolist()
         changed = sum(cost.turned[i] and not self.before[i] for i in rows)
         return 100 * binomial_interval(changed, len(rows), side="upper").high <= MAX_PP
-
-
-def neutral_sides(
-    pair: LoadedPair, engines: tuple[SuffixEngine, SuffixEngine], prompts: Sequence[Prompt]
-) -> tuple[Side, Side]:
-    """Let base and tuned read neutral prompts; those that end at another place for the two are left out."""
-    same = same_end(*two_sides(pair, prompts, engines))
-    sides = two_sides(pair, [p for p, able in zip(prompts, same, strict=True) if able], engines)
-    for side in sides:
-        read_last(side, [])
-    return sides
 
 
 def _nats(logits: Tensor, answer: Tensor) -> Tensor:

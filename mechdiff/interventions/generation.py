@@ -108,8 +108,9 @@ def _generate_batch(
     answers: list[list[int]] = [[] for _ in prompts]
     running = torch.ones(len(prompts), dtype=torch.bool)
     reach = max_new_tokens if isinstance(max_new_tokens, Reach) else None
+    steps = max_new_tokens.tokens if isinstance(max_new_tokens, Reach) else max_new_tokens
     left = None if reach is None else reach.left(len(prompts))
-    for _ in range(max_new_tokens if reach is None else reach.tokens):
+    for _ in range(steps):
         out = model(
             input_ids=tokens,
             attention_mask=mask,

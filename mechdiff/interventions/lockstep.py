@@ -133,9 +133,10 @@ def decode(
     running = torch.ones(count, dtype=torch.bool, device=tokens.device)
     ended, cut = ~running, ~running
     reach = max_new_tokens if isinstance(max_new_tokens, Reach) else None
+    steps = max_new_tokens.tokens if isinstance(max_new_tokens, Reach) else max_new_tokens
     left = None if reach is None else reach.left(count)
     theirs = None if follower is None else follower.rows.last
-    for _ in range(max_new_tokens if reach is None else reach.tokens):
+    for _ in range(steps):
         donor = None
         if follower is not None and theirs is not None:
             model, site = follower.rows.model, follower.site

@@ -9,9 +9,10 @@ import yaml
 from mechdiff.callbacks import Steering
 from mechdiff.callbacks.edited_answers import answer_edited, continued
 from mechdiff.callbacks.handle_evaluation import Handle, two_engines
+from mechdiff.callbacks.neutral_answers import neutral_sides
 from mechdiff.callbacks.side_effects import ANSWER_CHARS, answer_nats
 from mechdiff.callbacks.sweep_behaviour import translations
-from mechdiff.callbacks.sweep_costs import Cost, Neutral, neutral_sides
+from mechdiff.callbacks.sweep_costs import Cost, Neutral
 from mechdiff.callbacks.sweep_effects import Targets
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.handles import principal_angles
