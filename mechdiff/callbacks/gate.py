@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from mechdiff.callbacks.base import Item, readable, spread
-from mechdiff.callbacks.handle_evaluation import Handle, HandleEvaluation, two_engines, two_sides
+from mechdiff.callbacks.handle_evaluation import (
+    ANSWER,
+    LAST,
+    Handle,
+    HandleEvaluation,
+    two_engines,
+    two_sides,
+)
 from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.side_effects import (
     ANSWER_CHARS,
@@ -178,6 +185,9 @@ class Gate(HandleEvaluation):
             left = torch.where(fires[name][: len(targets)], after, before)
             about = {**self._about(handle, name, metric="recovery"), "control": control, "unit": "fraction"}
             yield self.ratio(left, before, noise, "gated_effect", **about)
+            if name != "none":  # what the gate takes away or adds, prompt by prompt
+                about["params"] = {**about["params"], "metric": "recovery_difference"}
+                yield self.ratio(before - (after - left), before, noise, "gated_effect", **about)
             self._keep(targets, "gated_kl", handle.site, name, left.tolist())
 
     def _next_token(
@@ -224,7 +234,7 @@ class Gate(HandleEvaluation):
         )
         for name, control in GATES.items():
             fired = fires[name][first:]
-            about = {**self._about(handle, name), "control": control}
+            about = {**self._about(handle, name, ANSWER), "control": control}
             nats = torch.where(fired[able], after, before)
             yield fluency_record(nats, before, generator(self.seed, "side_effect_bpb"), about)
             mixed = torch.where(fired, answers[1], answers[0]).tolist()
@@ -234,14 +244,14 @@ class Gate(HandleEvaluation):
     def _text(self, pair: LoadedPair, ids: Sequence[int]) -> str:
         return str(pair.base.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _about(self, handle: Handle, gate: str, **more: Any) -> dict[str, Any]:
+    def _about(self, handle: Handle, gate: str, acts_on: str = LAST, **more: Any) -> dict[str, Any]:
         return {
             "question": "rq3",
             "site": str(handle.site),
             "split": "eval",
             "positions": "last",
             "control": GATES[gate],
-            "params": {**handle.params, "gate": gate, **more},
+            **self.about(handle, acts_on, gate=gate, **more),
         }
 
     def _keep(

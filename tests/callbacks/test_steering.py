@@ -1,6 +1,7 @@
 """The sweep finds a planted rank, claims nothing where nothing differs, and its shortcuts are exact."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from mechdiff.callbacks.edited_answers import answer_edited, continued
 from mechdiff.callbacks.handle_evaluation import Handle, two_engines
 from mechdiff.callbacks.neutral_answers import neutral_sides
 from mechdiff.callbacks.side_effects import ANSWER_CHARS, answer_nats
+from mechdiff.callbacks.steering import _wrong
 from mechdiff.callbacks.sweep_behaviour import translations
+from mechdiff.callbacks.sweep_controls import Controls, Random
 from mechdiff.callbacks.sweep_costs import Cost, Neutral
 from mechdiff.callbacks.sweep_effects import Targets
 from mechdiff.errors import ConfigError, PromptError
@@ -26,6 +29,7 @@ from mechdiff.pairs.organisms import plant_policy
 from mechdiff.pairs.sources import model_folder
 from mechdiff.pairs.spec import ModelId, ModelSpec
 from mechdiff.pairs.tokenizers import characters, load_tokenizer
+from mechdiff.results import Record
 from tests.callbacks.handles import ALL, SITES, measure, pair_of, policy, stored, subspaces
 from tests.models import tiny_model, tokens
 from tests.toys import loaded, prompts
@@ -112,15 +116,25 @@ def test_what_is_tested_beats_its_controls_within_its_bounds(found):
     assert whole[2].value > 0.8
     assert whole[2].value > whole[1].value
     assert "within_random" not in whole[2].flags
+    assert "no_random_control" not in whole[2].flags
     for drawn in ("isotropic", "covariance"):
-        (r,) = results.select(control="random", k=2, draw=drawn)
+        (r,) = results.select(control="random", k=2, draw=drawn, edit="interchange")
         assert r.params["draws"] == 100
+        assert r.params["handle"]["value"] > 0.8
+        (mapped,) = results.select(control="random", k=2, draw=drawn, edit="mapped")
+        assert mapped.value != r.value  # as long as another edit
         assert r.low <= r.value <= r.high < whole[2].value
     (same,) = results.select(control="base_vs_base", k=2)
     assert abs(same.value) < 1e-3
     (opposite,) = results.select(control="label_swap", edit="add")
     assert opposite.value < 0
     assert {r.control for r in results} >= {"other_prompt", "wrong_layer", "label_swap"}
+    assert {r.params["written_at"] for r in results.select(control="wrong_layer")} == {"resid_post.1"}
+    assert opposite.params["solver"] == "diff_mean"
+    for r in results.select(split="eval", control="none", quantity="ablate_effect", metric="recovery"):
+        assert r.reason or "no_random_control" in r.flags
+    acts = {(r.quantity, r.params.get("acts_on")) for r in results.select(split="eval", control="none")}
+    assert acts >= {("side_effect_pp", "last+answer"), ("interchange_recovery", "last")}
     for edit in ("interchange", "mapped"):
         for quantity in ("side_effect_bpb", "side_effect_pp"):
             (cost,) = results.select(quantity=quantity, split="eval", edit=edit, k=2)
@@ -339,6 +353,49 @@ def test_an_answer_is_judged_whole_and_cut_only_for_the_other_model(planted):
     assert [r.flags.count("cut_answers") for r in (*free, *bound)] == [0, 0, 1, 1]
     assert bound[0].params["cut"] + bound[0].params["dropped"] >= 1
     assert bound[1].n == len(cut.reads) - bound[1].params["dropped"]
+
+
+def test_random_edits_are_as_long_as_the_edit_they_stand_beside(planted):
+    base, tuned, module, _ = planted
+    pair = pair_of(base, tuned)
+    read = [SITE, Site(2)]
+    targets = Targets(pair, two_engines(pair), [p for p in items() if p.label == "target"][:16], read)
+    controls = Controls(module, SITE, [2], [1.0], targets, targets, 17)
+    seen = {}
+
+    def outcome(control, dev, final):
+        seen[control.kind] = [control.shift(targets, i).norm(dim=-1) for i in dev]
+        return SimpleNamespace(arms=SimpleNamespace(recovery=lambda: torch.zeros(5)))
+
+    controls._outcome = outcome
+    kinds = {"interchange": 2, "mapped": 2, "add": 1}
+    controls.ks = (1, 2)
+    cells = [Handle(SITE, kind, k, 1.0, "paired_svd") for kind, k in kinds.items()]
+    found = list(controls.random(cells, 5, 4, 2))
+    assert {(r.kind, r.k) for r in found} == set(kinds.items())
+    assert {targets.prompts[i].lang for i in found[0].prompts} == {"en", "kk"}
+    for cell in cells:
+        for i, lengths in zip(targets.few(4), seen[cell.kind], strict=True):
+            own, donor = targets.states(i, SITE, "into_base")
+            length = (cell.change(module, own, donor) - own).norm()
+            assert torch.allclose(lengths, length.expand(5), rtol=1e-4)
+
+
+def test_what_has_too_few_random_edits_beside_it_says_so():
+    callback, cell = Steering(), Handle(SITE, "mapped", 2, 1.0)
+    own = Record("rq3", "interchange_recovery", 0.5, 8, "fraction")
+    some, many = (Random("isotropic", "mapped", 2, torch.linspace(0, 0.4, n), [0]) for n in (20, 100))
+    assert callback._beside(own, cell, [many]) == ()
+    assert callback._beside(replace(own, value=0.3), cell, [many]) == ("within_random",)
+    for few in ([], [some], [many._replace(kind="interchange")]):
+        assert callback._beside(own, cell, few) == ("no_random_control",)
+
+
+@pytest.mark.parametrize(
+    ("layer", "layers", "other"), [(0, 1, None), (0, 2, 1), (0, 30, 15), (1, 4, 0), (9, 30, 4)]
+)
+def test_another_layer_is_another_layer(layer, layers, other):
+    assert _wrong(Site(layer), layers) == (None if other is None else Site(other))
 
 
 # --- the choice --------------------------------------------------------------------------------------------
