@@ -4,7 +4,7 @@
    prompt, to the length of the handle's own edit of that kind and rank. There are none for edits of tuned.
 2. `other_prompt`: the interchange that another prompt would get. `wrong_layer`: the interchange written at
    half the depth (of the first block: of the model), as long relative to the states there. `label_swap`: the
-   subspace of neutral prompts, and for `add` the opposite shift. `base_vs_base`: base's own state for tuned's.
+   subspace of neutral prompts, and for `add` the opposite shift. `base_vs_base`: base's own state.
 3. Every control takes the strength with its largest effect on dev prompts, as a handle does, but with no
    limit on what it costs, which favours it; its effect is then read on evaluation prompts.
 """
