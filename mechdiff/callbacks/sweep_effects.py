@@ -120,7 +120,8 @@ class Targets:
             prompts: Numbers of those that are read; None takes all.
         """
         mine, other = self.sides(where)
-        nats, size, gap, norms = [], [], [], []
+        nats: list[Tensor] = []
+        size, gap, norms = [], [], []
         noise: list[Tensor] = []
         for index in range(len(self.prompts)) if prompts is None else prompts:
             own = mine.states[index][site]

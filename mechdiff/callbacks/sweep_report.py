@@ -115,7 +115,7 @@ class SweepReport(HandleEvaluation):
     def _random(self, site: Site, found: Random, solver: str, own: Record | None) -> Record:
         """Return the range of random subspaces; beside it the chosen edit's recovery on the same prompts."""
         low, middle, high = found.recovery.quantile(torch.tensor([0.05, 0.5, 0.95]).double()).tolist()
-        params = {"edit": found.kind, "k": found.k, "solver": solver, "draw": found.drawn}
+        params: dict[str, Any] = {"edit": found.kind, "k": found.k, "solver": solver, "draw": found.drawn}
         about = self._about(site, "eval", **params, draws=len(found.recovery))
         if own is not None and own.value is not None:
             about["params"]["handle"] = {"value": own.value, "low": own.low, "high": own.high}
