@@ -70,9 +70,7 @@ def attempt(
         ("--layers=foo.1", "unknown site 'foo.1'; allowed: <component>.<layer>, component one of resid_post, "
          "attn_out, mlp_out, head_z, head_out (key: layers)"),
         ("--layers=[9]", "site resid_post.9 is out of range; allowed layers: 0 to 3 (key: layers)"),
-        ("--layers=[-1]",
-         "site resid_post.-1 is out of range; allowed layers: 0 to 3; the embedding is no site while "
-         "post_embedding_only is on (key: layers)"),
+        ("--layers=[-1]", "site resid_post.-1 is out of range; allowed layers: 0 to 3 (key: layers)"),
         ("--layers=[]", "layers is []; allowed: at least one layer or site, each once (key: layers)"),
         ("--layers=[1,1]", "layers is [1, 1]; allowed: at least one layer or site, each once (key: layers)"),
         ("--model.rank=2", "model.rank is 2 with solver ridge; allowed: 1 to 32 with reduced_rank, else none"),

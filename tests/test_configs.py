@@ -77,3 +77,13 @@ def test_every_run_names_itself_and_the_embedded_pair_by_default() -> None:
         body = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
         assert body["trainer"]["logger"]["init_args"]["name"] == name
         assert (ROOT / "configs" / body["pair"]).is_file()
+
+
+def test_prompts_of_a_third_language_are_found_from_the_file_that_names_them(
+    pairs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ROOT / "configs" / "steering_cultural.yaml"
+    assert run("fit", "--config", config, "--pair", pairs["llama"], "--print_config") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    (transfer,) = [c for c in shown if c["class_path"].endswith("Transfer")]
+    assert transfer["init_args"]["extra_prompts"] == [str(ROOT / "data" / "prompts_freeform_ru.jsonl")]

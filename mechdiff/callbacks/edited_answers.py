@@ -1,21 +1,43 @@
-"""Answer prompts that have been read already, with an edit on the last token and on every token said."""
+"""Answer prompts that have been read already, with an edit on the last token and on every token said.
+
+Only answers whose edit needs the other model end at a token that it does not have: they are decoded apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mechdiff.callbacks.handle_evaluation import Handle
 from mechdiff.callbacks.patcher import Side
+from mechdiff.interventions.generation import Reach
 from mechdiff.interventions.hooks import Edit
-from mechdiff.interventions.lockstep import Follower, Rows, decode
+from mechdiff.interventions.lockstep import Follower, Rows, decode, padded_together
 from mechdiff.interventions.sites import Site
 from mechdiff.modules.base import DiffModule
 
 NEEDS_DONOR = ("interchange", "reverse")
 """Edits that need the other model's state at every token."""
+
+
+ROWS = 32
+"""Rows that are decoded at once."""
+
+
+class Answer(NamedTuple):
+    """One answer.
+
+    Attributes:
+        ids: Its tokens.
+        cut: Whether it ended at a token that the other model, which its edit needs, does not have.
+    """
+
+    ids: list[int]
+    cut: bool
 
 
 def answer_edited(
@@ -25,9 +47,9 @@ def answer_edited(
     indices: Sequence[int],
     cells: Sequence[Handle],
     translate: Tensor,
-    most: int,
+    most: Reach,
     stops: Sequence[int],
-) -> list[list[int]]:
+) -> list[Answer]:
     """Answer prompts greedily, each under an edit of its own that acts on every token from the last on.
 
     Args:
@@ -40,23 +62,53 @@ def answer_edited(
         most: Longest answer.
         stops: Tokens that end it.
     """
-    site = cells[0].site
+    found: dict[int, Answer] = {}
+    for needs in (False, True):
+        rows = [i for i, cell in enumerate(cells) if (cell.kind in NEEDS_DONOR) == needs]
+        by_prompt: dict[int, list[int]] = {}
+        for i in rows:
+            by_prompt.setdefault(indices[i], []).append(i)
+        for batch in batches(mine, other, (indices[i] for i in rows)):
+            here = [by_prompt[index].pop(0) for index in batch]
+            follower = Follower(continued(other, batch), cells[0].site, translate) if needs else None
+            edits = _Edits(module, [cells[i] for i in here])
+            said = decode(continued(mine, batch), most, stops, edits, follower)
+            found |= {i: Answer(ids, cut) for i, ids, cut in zip(here, said.answers, said.cut, strict=True)}
+    return [found[i] for i in range(len(indices))]
 
-    def edits(donor: Tensor | None) -> Mapping[Site, Edit]:
+
+class _Edits:
+    """Edits of a batch, one for each row."""
+
+    def __init__(self, module: DiffModule, cells: Sequence[Handle]) -> None:
+        self.module, self.cells = module, cells
+
+    def __call__(self, donor: Tensor | None) -> Mapping[Site, Edit]:
         def edit(activation: Tensor, _positions: Tensor) -> Tensor:
             changed = activation.clone()
-            for cell in dict.fromkeys(cells):
-                rows = torch.tensor([c == cell for c in cells], device=activation.device)
+            for cell in dict.fromkeys(self.cells):
+                rows = torch.tensor([c == cell for c in self.cells], device=activation.device)
                 theirs = None if donor is None else donor[rows].to(activation)
-                changed[rows] = cell.change(module, activation[rows], theirs)
+                changed[rows] = cell.change(self.module, activation[rows], theirs)
             return changed
 
-        return {site: edit}
+        return {self.cells[0].site: edit}
 
-    follower = None
-    if any(cell.kind in NEEDS_DONOR for cell in cells):
-        follower = Follower(continued(other, indices), site, translate)
-    return decode(continued(mine, indices), most, stops, edits, follower).answers
+
+def batches(mine: Side, other: Side, indices: Iterable[int]) -> Iterator[list[int]]:
+    """Group prompts, by length, that can be decoded together; one may occur several times.
+
+    Args:
+        mine: The model that answers, with prefixes.
+        other: The other one, with prefixes.
+        indices: The prompts.
+    """
+    lengths = [len(e) for e in mine.encoded]
+    order = sorted(indices, key=lambda i: (lengths[i], i))
+    if padded_together([*mine.prefixes[:1], *other.prefixes[:1]]):
+        yield from (order[i : i + ROWS] for i in range(0, len(order), ROWS))
+    else:
+        yield from ([*same] for _, same in groupby(order))
 
 
 def continued(side: Side, indices: Sequence[int]) -> Rows:

@@ -23,9 +23,23 @@ import torch
 from torch import Tensor
 
 from mechdiff.callbacks.base import Item, readable, spread
-from mechdiff.callbacks.handle_evaluation import Handle, HandleEvaluation, two_engines, two_sides
+from mechdiff.callbacks.handle_evaluation import (
+    ANSWER,
+    LAST,
+    Handle,
+    HandleEvaluation,
+    two_engines,
+    two_sides,
+)
 from mechdiff.callbacks.patcher import Side
-from mechdiff.callbacks.side_effects import answer_nats, fluency_record, turned, turned_record
+from mechdiff.callbacks.side_effects import (
+    ANSWER_CHARS,
+    answer_nats,
+    answer_reach,
+    fluency_record,
+    turned,
+    turned_record,
+)
 from mechdiff.callbacks.states import read_ends
 from mechdiff.callbacks.transfer_fit import StoredRows, stored_rows
 from mechdiff.data.contrast import Contrast, contrast
@@ -61,8 +75,7 @@ class Gate(HandleEvaluation):
         max_dev: Dev prompts that set the threshold, evenly over languages and classes; None takes all.
         max_targets: Evaluation targets, the same.
         max_neutral: Neutral evaluation prompts, the same.
-        answer_tokens: Longest answer of base whose fluency is read.
-        generated_tokens: Longest answer that is read for the behaviour.
+        answer_chars: Longest answer, in characters.
         tokens_per_batch: Tokens run at once.
 
     Raises:
@@ -80,9 +93,8 @@ class Gate(HandleEvaluation):
         shrinkage: float = 0.1,
         max_dev: int | None = 80,
         max_targets: int | None = 24,
-        max_neutral: int | None = 32,
-        answer_tokens: int = 24,
-        generated_tokens: int = 16,
+        max_neutral: int | None = 64,
+        answer_chars: int = ANSWER_CHARS,
         tokens_per_batch: int = 1024,
     ) -> None:
         super().__init__()
@@ -90,13 +102,11 @@ class Gate(HandleEvaluation):
             raise ConfigError(f"kind is {kind!r}; allowed: {', '.join(KINDS)} (key: kind)")
         if not 0 < keep <= 1:
             raise ConfigError(f"keep is {keep}; allowed: above 0, at most 1 (key: keep)")
-        if not 1 <= generated_tokens <= answer_tokens:
-            got = f"generated_tokens is {generated_tokens}"
-            raise ConfigError(f"{got}; allowed: 1 to {answer_tokens}, answer_tokens (key: generated_tokens)")
+        if answer_chars < 1:
+            raise ConfigError(f"answer_chars is {answer_chars}; allowed: 1 or more (key: answer_chars)")
         self.kind, self.k, self.alpha, self.keep, self.shrinkage = kind, k, alpha, keep, shrinkage
         self.max_dev, self.max_targets, self.max_neutral = max_dev, max_targets, max_neutral
-        self.answer_tokens, self.generated_tokens = answer_tokens, generated_tokens
-        self.tokens_per_batch = tokens_per_batch
+        self.answer_chars, self.tokens_per_batch = answer_chars, tokens_per_batch
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
         """Fit a gate and compare; see the module's docstring."""
@@ -175,6 +185,9 @@ class Gate(HandleEvaluation):
             left = torch.where(fires[name][: len(targets)], after, before)
             about = {**self._about(handle, name, metric="recovery"), "control": control, "unit": "fraction"}
             yield self.ratio(left, before, noise, "gated_effect", **about)
+            if name != "none":  # what the gate takes away or adds, prompt by prompt
+                about["params"] = {**about["params"], "metric": "recovery_difference"}
+                yield self.ratio(before - (after - left), before, noise, "gated_effect", **about)
             self._keep(targets, "gated_kl", handle.site, name, left.tolist())
 
     def _next_token(
@@ -202,13 +215,13 @@ class Gate(HandleEvaluation):
         side, _ = two_sides(pair, neutral, engines)
         contexts = [e.input_ids for e in side.encoded]
         stops = stop_tokens(loaded.model, loaded.tokenizer.eos_token_id)
-        said = generate(loaded.model, contexts, self.answer_tokens, stops)
+        reach = answer_reach(loaded, self.answer_chars)
+        said = generate(loaded.model, contexts, reach, stops)
         everywhere = gated_edit(module, handle, None)
         with intervene(loaded.model, {handle.site: everywhere}):
-            changed = generate(loaded.model, contexts, self.generated_tokens, stops)
+            changed = generate(loaded.model, contexts, reach, stops)
         answers = [
-            torch.tensor([turned(self._text(pair, ids[: self.generated_tokens]), domain) for ids in part])
-            for part in (said, changed)
+            torch.tensor([turned(self._text(pair, ids), domain) for ids in part]) for part in (said, changed)
         ]
         able = [i for i, ids in enumerate(said) if ids]
         pairs = [contexts[i] for i in able], [said[i] for i in able]
@@ -221,7 +234,7 @@ class Gate(HandleEvaluation):
         )
         for name, control in GATES.items():
             fired = fires[name][first:]
-            about = {**self._about(handle, name), "control": control}
+            about = {**self._about(handle, name, ANSWER), "control": control}
             nats = torch.where(fired[able], after, before)
             yield fluency_record(nats, before, generator(self.seed, "side_effect_bpb"), about)
             mixed = torch.where(fired, answers[1], answers[0]).tolist()
@@ -231,14 +244,14 @@ class Gate(HandleEvaluation):
     def _text(self, pair: LoadedPair, ids: Sequence[int]) -> str:
         return str(pair.base.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _about(self, handle: Handle, gate: str, **more: Any) -> dict[str, Any]:
+    def _about(self, handle: Handle, gate: str, acts_on: str = LAST, **more: Any) -> dict[str, Any]:
         return {
             "question": "rq3",
             "site": str(handle.site),
             "split": "eval",
             "positions": "last",
             "control": GATES[gate],
-            "params": {**handle.params, "gate": gate, **more},
+            **self.about(handle, acts_on, gate=gate, **more),
         }
 
     def _keep(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CHOSEN = "chosen_handle"
 """Quantity of the record that says which handle a run has chosen."""
+LAST, ANSWER = "last", "last+answer"
+"""Tokens that an edit changes: the last of the prompt, or also every token of the answer."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class HandleEvaluation(CausalEvaluation):
         data: The activations that the module was fitted to.
         earlier: What the evaluations before this one have recorded.
         fast: Whether this is a trial of the plumbing.
+        contrast: Whose means the module's difference in means is of.
+        unchosen: Why the run has chosen no handle of the kind in use; None where it has.
     """
 
     def __init__(self) -> None:
@@ -92,6 +96,8 @@ class HandleEvaluation(CausalEvaluation):
         self.data: ActivationPairs | None = None
         self.earlier: list[Record] = []
         self.fast = False
+        self.contrast: str | None = None
+        self.unchosen: str | None = None
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at what the run has so far, then run the evaluation."""
@@ -106,7 +112,7 @@ class HandleEvaluation(CausalEvaluation):
         """Return the handle to go on from.
 
         What is not given comes from the run's choice, if there is one of this kind; else k is 4, or less if
-        the module holds fewer directions, alpha 1 and the site the module's last.
+        the module holds fewer directions, alpha 1 and the site the module's last, and `unchosen` says why.
 
         Args:
             module: The fitted subspaces.
@@ -120,8 +126,12 @@ class HandleEvaluation(CausalEvaluation):
         most = len(subspaces(module).basis(module.sites[-1]))
         given = Handle(residuals(module)[-1], kind, min(4, most) if k is None else k, 1.0)
         given = given if alpha is None else replace(given, alpha=alpha)
+        self.contrast, self.unchosen = subspaces(module).contrast, "no_steering"
         for r in self.earlier:
-            if r.quantity == CHOSEN and r.value is not None and r.site and r.params.get("edit") == kind:
+            if r.quantity != CHOSEN or r.params.get("edit") != kind:
+                continue
+            self.unchosen = r.reason
+            if r.value is not None and r.site:
                 given = Handle(
                     Site.parse(r.site),
                     kind,
@@ -133,6 +143,19 @@ class HandleEvaluation(CausalEvaluation):
         if not 1 <= given.k <= most:
             raise ConfigError(f"k is {given.k}; allowed: 1 to {most}, the rank of the handle (key: k)")
         return given if given.solver else replace(given, solver=module.solver_name)
+
+    def about(self, handle: Handle, acts_on: str, **more: Any) -> dict[str, Any]:
+        """Return params and flags of records of a handle; that no run chose it is said in both.
+
+        Args:
+            handle: The handle.
+            acts_on: Tokens that it changes.
+            **more: What else goes into `params`.
+        """
+        params = {**handle.params, "acts_on": acts_on, "contrast": self.contrast, **more}
+        if self.unchosen is None:
+            return {"params": params}
+        return {"params": {**params, "not_chosen": self.unchosen}, "flags": ("not_chosen",)}
 
 
 def residuals(module: DiffModule) -> list[Site]:

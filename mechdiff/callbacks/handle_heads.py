@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mechdiff.callbacks.base import Item, readable, spread
 from mechdiff.callbacks.handle_evaluation import (
+    LAST,
     Handle,
     HandleEvaluation,
     same_end,
@@ -212,7 +213,8 @@ class HandleHeads(HandleEvaluation):
     def _about(
         self, handle: Handle, cell: _Cell | None = None, group: str = GROUPS[0], **more: Any
     ) -> dict[str, Any]:
-        params: dict[str, Any] = {"k": handle.k, "solver": handle.solver, **more}
+        chosen = self.about(handle, LAST, **more)
+        params = {name: x for name, x in chosen["params"].items() if name not in ("edit", "alpha")}
         if cell is not None:
             freeze = {"total": "none", "direct": "all"}[cell.path]
             params |= {"mode": cell.mode, "path": cell.path, "group": group, "freeze": freeze}
@@ -224,6 +226,7 @@ class HandleHeads(HandleEvaluation):
             "positions": "last",
             "unit": "fraction",
             "control": "random" if group == "random" else "none",
+            "flags": chosen.get("flags", ()),
             "params": params,
         }
 

@@ -22,16 +22,23 @@ from mechdiff.functional.answers import parse_number
 from mechdiff.functional.metrics import refusal_score
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import bootstrap_ratio
+from mechdiff.interventions.generation import Reach
 from mechdiff.interventions.hooks import Edit, intervene
 from mechdiff.interventions.sites import POSITIONS, Site
 from mechdiff.interventions.suffix import run_logits
 from mechdiff.modules.base import UNTOUCHED
+from mechdiff.pairs.loading import LoadedModel
+from mechdiff.pairs.tokenizers import characters
 from mechdiff.results import Record
 
 ONE_SIDED = 0.9
 """Coverage of the two-sided interval whose upper end is the one-sided 95 % bound."""
 MAX_BPB, MAX_PP = 0.05, 5.0
 """Most that an edit may cost: a fraction of the bits per byte, and percentage points of prompts that turn."""
+
+ANSWER_CHARS = 64
+"""Characters of an answer that are read: a refusal is recognised in them in every language. No small number
+of tokens does that where one tokenizer takes a token and another ten for the same word."""
 
 Edits = Callable[[Sequence[int], Tensor], Mapping[Site, Edit]]
 """From the numbers of the prompts of a batch, and where their answers are, to edits; `(batch, position)`."""
@@ -47,6 +54,17 @@ def turned(text: str, domain: str) -> bool:
     if domain == "cultural":
         return bool(refusal_score(text))
     return parse_number(text) is not None
+
+
+def answer_reach(loaded: LoadedModel, most: int = ANSWER_CHARS) -> Reach:
+    """Return how far answers of a model are read.
+
+    Args:
+        loaded: The model.
+        most: Characters.
+    """
+    rows = loaded.model.get_output_embeddings().weight.shape[0]
+    return Reach(characters(loaded.tokenizer, rows).to(loaded.device), most)
 
 
 def answer_nats(

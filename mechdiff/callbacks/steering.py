@@ -13,20 +13,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 
 from mechdiff.callbacks.base import readable, spread
-from mechdiff.callbacks.handle_evaluation import Handle, residuals, subspaces, two_engines
+from mechdiff.callbacks.handle_evaluation import ANSWER, Handle, residuals, subspaces, two_engines
+from mechdiff.callbacks.neutral_answers import neutral_sides
+from mechdiff.callbacks.side_effects import ANSWER_CHARS
 from mechdiff.callbacks.sweep_behaviour import generated, graded, translations
 from mechdiff.callbacks.sweep_controls import Controls, Random
-from mechdiff.callbacks.sweep_costs import Neutral, neutral_sides
+from mechdiff.callbacks.sweep_costs import Neutral
 from mechdiff.callbacks.sweep_effects import Arms, Targets, direction
-from mechdiff.callbacks.sweep_report import EDITS, INTO_TUNED, Key, SweepReport, quantity
+from mechdiff.callbacks.sweep_report import EDITS, INTO_TUNED, NONE, Key, SweepReport, quantity
 from mechdiff.config import ALPHA_GRID, K_SWEEP
-from mechdiff.data.contrast import NEED, Contrast, check_bound, contrast
+from mechdiff.data.contrast import NEED, Contrast, check_bound, contrast, needed
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
 from mechdiff.interventions.sites import Site
@@ -51,13 +54,12 @@ class Steering(SweepReport):
         max_eval: Evaluation targets, the same.
         max_neutral: Neutral prompts of dev and of eval, the same.
         min_neutral: Neutral prompts that each of the two must hold.
-        answer_tokens: Longest answer of neutral prompts.
+        answer_chars: Longest answer, in characters: tokens hold more of one language than of another.
         graded_prompts: Evaluation targets whose graded behaviour is read.
         generated_prompts: Evaluation targets that are answered.
-        generated_tokens: Longest of these answers.
         draws: Random subspaces of each kind, 100 or more to claim an effect.
-        random_dev: Dev targets that choose the strength of a random subspace.
-        random_eval: Evaluation targets on which it is read.
+        random_dev: Dev targets that choose the strength of a random subspace, evenly over languages.
+        random_eval: Evaluation targets on which it is read, the same.
         post_embedding_only: Edits act on the outputs of blocks; an embedding is no site.
 
     Raises:
@@ -76,12 +78,11 @@ class Steering(SweepReport):
         max_eval: int | None = None,
         max_neutral: int | None = None,
         min_neutral: int = NEED,
-        answer_tokens: int = 12,
+        answer_chars: int = ANSWER_CHARS,
         graded_prompts: int = 8,
         generated_prompts: int = 16,
-        generated_tokens: int = 16,
         draws: int = 100,
-        random_dev: int = 4,
+        random_dev: int = 8,
         random_eval: int = 12,
         post_embedding_only: bool = True,
     ) -> None:
@@ -99,8 +100,7 @@ class Steering(SweepReport):
             ("max_dev", max_dev),
             ("max_eval", max_eval),
             ("max_neutral", max_neutral),
-            ("answer_tokens", answer_tokens),
-            ("generated_tokens", generated_tokens),
+            ("answer_chars", answer_chars),
             ("random_dev", random_dev),
             ("random_eval", random_eval),
         ):
@@ -115,8 +115,8 @@ class Steering(SweepReport):
         self.alphas = sorted({float(alpha) for alpha in alphas})
         self.tested_sites, self.max_dev, self.max_eval = tested_sites, max_dev, max_eval
         self.max_neutral, self.min_neutral = max_neutral, min_neutral
-        self.answer_tokens, self.graded_prompts = answer_tokens, graded_prompts
-        self.generated_prompts, self.generated_tokens = generated_prompts, generated_tokens
+        self.answer_chars, self.graded_prompts = answer_chars, graded_prompts
+        self.generated_prompts = generated_prompts
         self.draws, self.random_dev, self.random_eval = draws, random_dev, random_eval
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
@@ -127,7 +127,9 @@ class Steering(SweepReport):
         most = len(subspaces(module).basis(sites[-1]))
         if not (ks := [k for k in self.ks if k <= most]):
             raise ConfigError(f"ks is {self.ks}; allowed: 1 to {most}, the rank of the handle (key: ks)")
-        read = sorted({site for one in sites for site in (one, _wrong(one))})
+        self.contrast = subspaces(module).contrast
+        wrong = {site: _wrong(site, engines[0].num_layers) for site in sites}
+        read = sorted({site for site in (*sites, *wrong.values()) if site is not None})
         dev = Targets(pair, engines, parts["dev"].target, read)
         if not dev.prompts:
             yield missing("interchange_recovery", "not_aligned", {**self._about(sites[-1], "dev"), "n": 0})
@@ -146,21 +148,25 @@ class Steering(SweepReport):
         tested = sorted(sites, key=lambda site: (best[site], site), reverse=True)[: self.tested_sites]
         final = Targets(pair, engines, parts["eval"].target, read)
         costs = {
-            split: self._neutral(module, pair, engines, part.neutral, tested) for split, part in parts.items()
+            split: self._neutral(module, pair, engines, part.neutral, tested, split)
+            for split, part in parts.items()
         }
         for site in self.track(tested, "tests"):
             chosen: dict[Key, Handle] = {}
+            able: set[Key] = set()
             for where in self.directions:
-                picked, tried = costs["dev"][where].choose(_queues(*swept[site, where]))
+                queues = _queues(*swept[site, where])
+                able |= set(queues)
+                picked, tried = costs["dev"][where].choose(queues)
                 chosen |= picked
                 for cell, cost in tried.items():
-                    yield from costs["dev"][where].records(cell, cost, self._about(site, "dev", cell))
-            yield from self._chosen(site, chosen, swept, len(dev.prompts))
-            random: list[Random] = []
-            yield from self._controls(
-                Controls(subspaces(module), site, ks, self.alphas, dev, final, self.seed), random
-            )
-            yield from self._tested(module, site, ks, chosen, final, costs["eval"], random)
+                    about = self._about(site, "dev", cell, ANSWER)
+                    yield from costs["dev"][where].records(cell, cost, about)
+            yield from self._chosen(site, chosen, swept, able, len(dev.prompts))
+            controls = Controls(subspaces(module), site, ks, self.alphas, dev, final, self.seed)
+            yield from self._controls(controls, wrong[site])
+            random = self._drawn(module, controls, chosen)
+            yield from self._tested(module, site, ks, chosen, final, costs["eval"], random, able)
             yield from self._ranks(module, site, ks, final)
             yield from self._behaviour(module, pair, site, chosen, final)
 
@@ -200,30 +206,45 @@ class Steering(SweepReport):
         engines: tuple[SuffixEngine, SuffixEngine],
         prompts: Sequence[Prompt],
         sites: Sequence[Site],
+        split: Any,
     ) -> dict[str, Neutral]:
         base, tuned = neutral_sides(pair, engines, prompts)
         ids, found = translations(pair), {}
         for where in self.directions:
             sides = (base, tuned) if where == "into_base" else (tuned, base)
-            tokens = self.answer_tokens
-            found[where] = Neutral(module, *sides, sites, pair.spec.domain, ids[where], tokens, self.seed)
+            chars = self.answer_chars
+            found[where] = Neutral(module, *sides, sites, pair.spec.domain, ids[where], chars, self.seed)
+            if not self.fast:  # as many as are left
+                left = prompts[: len(found[where].kept)]
+                check_bound(left, split, min(self.min_neutral, needed()))
         return found
 
     # --- what is tested -------------------------------------------------------------------------------------
 
-    def _controls(self, controls: Controls, random: list[Random]) -> Iterator[Record]:
-        """Yield every control, and put the random subspaces into a list."""
-        site, solver = controls.site, controls.module.solver_name
-        for outcome in controls.named(self.data, _wrong(site)):
-            for i, (k, alpha) in enumerate(zip(outcome.control.ks, outcome.alphas, strict=True)):
-                cell = Handle(site, outcome.control.kind, k, alpha, solver)
-                about = {**self._about(site, "eval", cell), "control": outcome.control.name}
+    def _controls(self, controls: Controls, wrong: Site | None) -> Iterator[Record]:
+        """Yield every control but the random subspaces."""
+        site = controls.site
+        for outcome in controls.named(self.data, wrong):
+            control = outcome.control
+            for i, (k, alpha) in enumerate(zip(control.ks, outcome.alphas, strict=True)):
+                cell = Handle(site, control.kind, k, alpha, control.solver)
+                more = {"written_at": str(control.site)} if control.site != site else {}
+                about = {**self._about(site, "eval", cell, **more), "control": control.name}
                 yield self._share(outcome.arms, i, "interchange_recovery", about)
-        if self.draws:
-            random += self.track(
-                controls.random(self.draws, self.random_dev, self.random_eval), "random subspaces"
-            )
-        yield from (self._random(site, found, solver) for found in random)
+
+    def _drawn(self, module: DiffModule, controls: Controls, chosen: Mapping[Key, Handle]) -> list[Random]:
+        """Draw random subspaces beside the interchange of every rank, and every other chosen edit of base."""
+        if not self.draws:
+            return []
+        site, solver = controls.site, self._solver(module, "interchange")
+        cells = [Handle(site, "interchange", k, 1.0, solver) for k in controls.ks]
+        cells += [
+            replace(cell, alpha=1.0)
+            for cell in chosen.values()
+            if direction(cell.kind) == "into_base" and cell.kind != "interchange"
+        ]
+        found = controls.random(cells, self.draws, self.random_dev, self.random_eval)
+        return list(self.track(found, "random subspaces"))
 
     def _tested(
         self,
@@ -234,30 +255,36 @@ class Steering(SweepReport):
         final: Targets,
         neutral: Mapping[str, Neutral],
         random: Sequence[Random],
+        able: Collection[Key],
     ) -> Iterator[Record]:
         """Yield effects and costs on evaluation prompts."""
         shares: dict[Key, Record] = {}
+        few: dict[Key, Record | None] = {}
         for kind, k in ((name, k) for name in self.edits for k in (ks if name != "add" else [1])):
             if (kind, k) not in chosen:
                 cell = Handle(site, kind, k, 0.0, self._solver(module, kind))
                 about = self._about(site, "eval", cell, alpha=None, **_metric(kind))
-                yield missing(quantity(kind), "none_feasible", {**about, "n": len(final.prompts)})
+                reason = NONE[(kind, k) in able]
+                yield missing(quantity(kind), reason, {**about, "n": len(final.prompts)})
         for where, measured in neutral.items():
             cells = [cell for cell in chosen.values() if direction(cell.kind) == where]
             if not cells:
                 continue
             arms, costs = final.sweep(module, site, cells), measured.costs(cells)
             for i, (cell, cost) in enumerate(zip(cells, costs, strict=True)):
-                found = measured.records(cell, cost, self._about(site, "eval", cell))
+                found = measured.records(cell, cost, self._about(site, "eval", cell, ANSWER))
                 yield from found
                 flags = tuple(dict.fromkeys(flag for r in found for flag in r.flags))
-                flags += ("within_random",) if self._within(arms, i, cell, random) else ()
+                few[cell.kind, cell.k] = self._on_few(arms, i, cell, random)
+                flags += self._beside(few[cell.kind, cell.k], cell, random)
                 about = {**self._about(site, "eval", cell, **_metric(cell.kind)), "flags": flags}
                 shares[cell.kind, cell.k] = self._share(arms, i, quantity(cell.kind), about)
                 yield shares[cell.kind, cell.k]
                 yield self._wrong_way(arms, i, cell)
                 self._keep([p.id for p in final.prompts], cell, "kl", arms.nats[:, i])
-        yield from self._small(site, ks, shares)
+        for r in random:
+            yield self._random(site, r, self._solver(module, r.kind), few.get((r.kind, r.k)))
+        yield from self._small(site, ks, shares, able)
 
     def _ranks(self, module: DiffModule, site: Site, ks: Sequence[int], final: Targets) -> Iterator[Record]:
         """Yield the rank of the difference by every estimator of more than one direction."""
@@ -290,14 +317,15 @@ class Steering(SweepReport):
         read = list(graded(module, pair, final, cells, self.graded_prompts)) if self.graded_prompts else []
         said = []
         if finalists and self.generated_prompts:
-            sizes = self.generated_prompts, self.generated_tokens
+            sizes = self.generated_prompts, self.answer_chars
             said = list(generated(module, pair, final, finalists, translations(pair), *sizes))
         yield from self._behaviours(read, said)
 
 
-def _wrong(site: Site) -> Site:
-    """Return where the control of another layer is written."""
-    return Site(site.layer // 2)
+def _wrong(site: Site, layers: int) -> Site | None:
+    """Return where the control of another layer is written; None if there is no other layer."""
+    layer = site.layer // 2 if site.layer else layers // 2
+    return None if layer == site.layer else Site(layer)
 
 
 def _metric(kind: str) -> dict[str, str]:

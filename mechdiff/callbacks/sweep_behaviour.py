@@ -1,14 +1,14 @@
 """What tested edits do to behaviour: graded without generating, and in the answers themselves.
 
 1. Graded: the log-odds of refusing, or log P(correct), with the edit on the last token of the prompt.
-2. Generated: whether the answer is of the tuned kind (`mechdiff.callbacks.side_effects.turned`), with the
-   edit on that token and on every token of the answer.
+2. Generated: whether the answer is of the tuned kind (`mechdiff.callbacks.side_effects.turned`), and right
+   where the prompt says what is, with the edit on that token and on every token of the answer.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +20,18 @@ from mechdiff.callbacks.edited_answers import answer_edited
 from mechdiff.callbacks.graded import grades, read_openings
 from mechdiff.callbacks.handle_evaluation import Handle
 from mechdiff.callbacks.reading import Reading
-from mechdiff.callbacks.side_effects import turned
+from mechdiff.callbacks.side_effects import answer_reach, turned
 from mechdiff.callbacks.sweep_effects import Targets, direction
+from mechdiff.data.prompts import Prompt
+from mechdiff.functional.answers import same_answer
 from mechdiff.interventions.generation import stop_tokens
 from mechdiff.modules.base import DiffModule
 from mechdiff.pairs.loading import LoadedPair
 from mechdiff.pairs.voice import voices
 
-GENERATED = "generated"
+GENERATED, NUMBER_ONLY, EXACT = "generated", "number_only", "exact_match"
+"""What is read in answers: that they decline; that they are a number and nothing else; that they
+are the right number and nothing else."""
 
 
 class Moved(NamedTuple):
@@ -95,9 +99,9 @@ def generated(
     cells: Sequence[Handle],
     translate: Mapping[str, Tensor],
     most: int,
-    tokens: int,
-) -> Iterator[tuple[Handle, Moved]]:
-    """Yield whether answers are of the tuned kind, by edit.
+    chars: int,
+) -> Iterator[tuple[str, Handle, Moved, int]]:
+    """Yield by edit whether answers are of the tuned kind or right, and how many of them were cut.
 
     Args:
         module: The fitted subspaces.
@@ -106,39 +110,58 @@ def generated(
         cells: The edits, all of one site.
         translate: The other model's id of each token of the edited one, by direction.
         most: Prompts that are answered, evenly over languages.
-        tokens: Longest answer.
+        chars: Longest answer, in characters.
     """
     few = set(spread(targets.prompts, most))
-    rows: dict[Handle, list[tuple[str, float, float, float, float]]] = defaultdict(list)
-    for index, prompt in enumerate(targets.prompts):
-        if prompt not in few:
-            continue
-        answers: dict[str, dict[Handle | None, bool]] = {}
-        for where in ("into_base", "into_tuned"):
-            mine, other = targets.sides(where)
-            here = [cell for cell in cells if direction(cell.kind) == where]
-            plain = Handle(cells[0].site, "none", 1, 0.0)
-            stops = stop_tokens(mine.loaded.model, mine.loaded.tokenizer.eos_token_id)
-            said = answer_edited(
-                module,
-                mine,
-                other,
-                [index] * (1 + len(here)),
-                [plain, *here],
-                translate[where],
-                tokens,
-                stops,
-            )
-            texts = [str(mine.loaded.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
-            keys: list[Handle | None] = [None, *here]
-            answers[where] = {c: turned(t, pair.spec.domain) for c, t in zip(keys, texts, strict=True)}
-        for cell in cells:
-            where = direction(cell.kind)
-            end = answers["into_tuned" if where == "into_base" else "into_base"][None]
-            start, value = answers[where][None], answers[where][cell]
-            rows[cell].append((prompt.id, float(end), float(start), float(value), 0.0))
-    for cell, found in rows.items():
-        yield cell, _moved(found)
+    indices = [i for i, prompt in enumerate(targets.prompts) if prompt in few]
+    plain = Handle(cells[0].site, "none", 1, 0.0)
+    answers: dict[tuple[str, Handle, int], str] = {}
+    cut: dict[Handle, int] = defaultdict(int)
+    for where in ("into_base", "into_tuned"):
+        mine, other = targets.sides(where)
+        each = [(cell, i) for cell in (plain, *_of(cells, where)) for i in indices]
+        stops = stop_tokens(mine.loaded.model, mine.loaded.tokenizer.eos_token_id)
+        said = answer_edited(
+            module,
+            mine,
+            other,
+            [i for _, i in each],
+            [cell for cell, _ in each],
+            translate[where],
+            answer_reach(mine.loaded, chars),
+            stops,
+        )
+        for (cell, i), answer in zip(each, said, strict=True):
+            text = mine.loaded.tokenizer.decode(answer.ids, skip_special_tokens=True)
+            answers[where, cell, i] = str(text).strip()
+            cut[cell] += answer.cut
+    for cell in cells:
+        where = direction(cell.kind)
+        away = "into_tuned" if where == "into_base" else "into_base"
+        keys = (away, plain), (where, plain), (where, cell)
+        for metric, reads in _readings(pair.spec.domain).items():
+            found: list[tuple[str, float, float, float, float]] = []
+            for i in indices:
+                prompt = targets.prompts[i]
+                end, start, value = (reads(prompt, answers[*key, i]) for key in keys)
+                if end is not None and start is not None and value is not None:
+                    found.append((prompt.id, float(end), float(start), float(value), 0.0))
+            if found:
+                yield metric, cell, _moved(found), cut[cell]
+
+
+def _of(cells: Sequence[Handle], where: str) -> list[Handle]:
+    return [cell for cell in cells if direction(cell.kind) == where]
+
+
+def _readings(domain: str) -> dict[str, Callable[[Prompt, str], bool | None]]:
+    """Return what is read in an answer, None where a prompt does not allow it."""
+    if domain == "cultural":
+        return {GENERATED: lambda _, text: turned(text, domain)}
+    return {
+        NUMBER_ONLY: lambda _, text: turned(text, domain),
+        EXACT: lambda p, text: None if p.answer is None else same_answer(p.answer, text, "value"),
+    }
 
 
 def translations(pair: LoadedPair) -> dict[str, Tensor]:

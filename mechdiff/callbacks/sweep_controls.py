@@ -1,10 +1,10 @@
 """What stands beside a handle: edits of the same size that should do nothing, or less.
 
-1. `random`: interchange in subspaces drawn isotropically, or where base's states vary, rescaled to the length
-   of the handle's own interchange of that rank, prompt by prompt.
+1. `random`: interchange in subspaces drawn isotropically, or where base's states vary, rescaled, prompt by
+   prompt, to the length of the handle's own edit of that kind and rank. There are none for edits of tuned.
 2. `other_prompt`: the interchange that another prompt would get. `wrong_layer`: the interchange written at
-   half the depth, as long relative to the states there. `label_swap`: the subspace of neutral prompts, and
-   for `add` the opposite shift. `base_vs_base`: base's own state for tuned's.
+   half the depth (of the first block: of the model), as long relative to the states there. `label_swap`: the
+   subspace of neutral prompts, and for `add` the opposite shift. `base_vs_base`: base's own state.
 3. Every control takes the strength with its largest effect on dev prompts, as a handle does, but with no
    limit on what it costs, which favours it; its effect is then read on evaluation prompts.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mechdiff.callbacks.handle_evaluation import Handle
 from mechdiff.callbacks.sweep_effects import Arms, Targets
 from mechdiff.callbacks.transfer_fit import stored_rows
 from mechdiff.data.activations import ActivationPairs
@@ -46,7 +47,8 @@ class Control:
         kind: The edit that it stands beside.
         ks: Rank of each of its shifts.
         shift: The shifts.
-        site: Where they are written; the handle's site by default.
+        site: Where they are written.
+        solver: Who found the directions.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Control:
     ks: tuple[int, ...]
     shift: Shift
     site: Site
+    solver: str
 
 
 class Outcome(NamedTuple):
@@ -71,19 +74,21 @@ class Outcome(NamedTuple):
 
 
 class Random(NamedTuple):
-    """Random subspaces of one rank.
+    """Random subspaces of one rank, in edits as long as those of one kind.
 
     Attributes:
         drawn: How they were drawn.
+        kind: The edit whose length they have.
         k: Rank.
         recovery: Recovery of each draw on evaluation prompts, `(draws,)`.
-        prompts: How many of them, from the first on.
+        prompts: Numbers of these prompts.
     """
 
     drawn: str
+    kind: str
     k: int
     recovery: Tensor
-    prompts: int
+    prompts: list[int]
 
     @property
     def limit(self) -> float:
@@ -117,15 +122,16 @@ class Controls:
         self.module, self.site, self.ks, self.alphas = module, site, tuple(ks), tuple(alphas)
         self.dev, self.final, self.seed = dev, final, seed
 
-    def named(self, data: ActivationPairs | None, wrong: Site) -> Iterator[Outcome]:
+    def named(self, data: ActivationPairs | None, wrong: Site | None) -> Iterator[Outcome]:
         """Yield every control but the random subspaces.
 
         Args:
             data: Stored activations, for the subspace of neutral prompts.
-            wrong: The site at another depth.
+            wrong: The site at another depth; None in a model of one block.
         """
         bases = [self.module.basis(self.site, None, k) for k in self.ks]
-        ratio = self._usual(wrong) / self._usual(self.site)
+        own_solver = self.module.solver_name
+        ratio = 1.0 if wrong is None else self._usual(wrong) / self._usual(self.site)
 
         def other(prompts: Targets, index: int) -> Tensor:
             own, _ = prompts.states(index, self.site, "into_base")
@@ -141,36 +147,43 @@ class Controls:
             return torch.cat([self._interchange(own, own, basis) for basis in bases])
 
         found = [
-            Control("other_prompt", "interchange", self.ks, other, self.site),
-            Control("wrong_layer", "interchange", self.ks, elsewhere, wrong),
-            Control("base_vs_base", "interchange", self.ks, itself, self.site),
+            Control("other_prompt", "interchange", self.ks, other, self.site, own_solver),
+            Control("base_vs_base", "interchange", self.ks, itself, self.site, own_solver),
             *self._swapped(data),
         ]
+        if wrong is not None:
+            found.append(Control("wrong_layer", "interchange", self.ks, elsewhere, wrong, own_solver))
         for control in found:
             yield self._outcome(control)
 
-    def random(self, draws: int, dev: int, final: int) -> Iterator[Random]:
+    def random(self, cells: Sequence[Handle], draws: int, dev: int, final: int) -> Iterator[Random]:
         """Yield what random subspaces do, on a few prompts.
 
         Args:
+            cells: Edits of base at their whole strength, whose ranks and lengths they have.
             draws: Subspaces of each kind; each serves all ranks.
-            dev: Prompts that choose the strength of each.
-            final: Prompts on which it is then read.
+            dev: Prompts that choose the strength of each, evenly over languages.
+            final: Prompts on which it is then read, the same.
         """
+        tried, read = self.dev.few(dev), self.final.few(final)
         for drawn in DRAWN:
-            for k, bases in self._bases(drawn, draws):
+            held = dict(self._bases(drawn, draws))
+            for cell in (cell for cell in cells if cell.k in held):
 
-                def shift(prompts: Targets, index: int, k: int = k, bases: Tensor = bases) -> Tensor:
+                def shift(
+                    prompts: Targets, index: int, cell: Handle = cell, bases: Tensor = held[cell.k]
+                ) -> Tensor:
                     own, donor = prompts.states(index, self.site, "into_base")
-                    length = self._interchange(own, donor, self.module.basis(self.site, None, k)).norm()
+                    length = (cell.change(self.module, own, donor) - own).norm()
                     found = self._interchange(
                         own.expand(len(bases), 1, -1), donor.expand(len(bases), 1, -1), bases
                     )
                     return length * torch.nn.functional.normalize(found[:, 0], dim=-1)
 
-                control = Control("random", "interchange", (k,) * len(bases), shift, self.site)
-                arms = self._outcome(control, dev, final).arms
-                yield Random(drawn, k, arms.recovery(), len(arms.gap))
+                solver = cell.solver or self.module.solver_name
+                control = Control("random", cell.kind, (cell.k,) * draws, shift, self.site, solver)
+                arms = self._outcome(control, tried, read).arms
+                yield Random(drawn, cell.kind, cell.k, arms.recovery(), read)
 
     def _bases(self, drawn: str, draws: int) -> Iterator[tuple[int, Tensor]]:
         """Yield ranks and subspaces, `(draws, k, d)`; those of a lower rank lie in those of a higher one."""
@@ -195,14 +208,16 @@ class Controls:
                 return torch.cat([self._interchange(own, donor, basis[:k].to(own.device)) for k in ks])
 
             if ks:
-                yield Control("label_swap", "interchange", ks, neutral, self.site)
+                yield Control("label_swap", "interchange", ks, neutral, self.site, "paired_svd")
         shift = self.module.delta[self.module.index(self.site)]
-        yield Control("label_swap", "add", (1,), lambda *_: -shift[None], self.site)
+        yield Control("label_swap", "add", (1,), lambda *_: -shift[None], self.site, "diff_mean")
 
     def _interchange(self, own: Tensor, donor: Tensor, basis: Tensor) -> Tensor:
         return self.module.change(self.site, "interchange", own, donor, basis=basis) - own
 
-    def _outcome(self, control: Control, dev: int | None = None, final: int | None = None) -> Outcome:
+    def _outcome(
+        self, control: Control, dev: Sequence[int] | None = None, final: Sequence[int] | None = None
+    ) -> Outcome:
         n, grid = len(control.ks), torch.tensor(self.alphas)
 
         def all_strengths(index: int) -> Tensor:

@@ -6,69 +6,45 @@
 2. Fluency is the ratio of the answers' nats. Where every token of an answer is still the most probable one,
    greedy decoding would say the same answer again: such a prompt does not turn, and nothing is generated.
    Only the others are decoded with the edit on.
+   For edits that need the other model, answers are cut before the first token that it does not have.
 3. For each kind and rank the strength with the largest effect is tried first, on a few prompts, then on all;
    the first one whose one-sided bounds hold is chosen. Strengths above one that fails are not tried.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from mechdiff.callbacks.edited_answers import NEEDS_DONOR, answer_edited, continued
-from mechdiff.callbacks.handle_evaluation import Handle, same_end, two_sides
+from mechdiff.callbacks.edited_answers import NEEDS_DONOR, answer_edited
+from mechdiff.callbacks.handle_evaluation import Handle
+from mechdiff.callbacks.neutral_answers import Read, read_answers
 from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.side_effects import (
     MAX_BPB,
     MAX_PP,
     ONE_SIDED,
+    answer_reach,
     fluency_record,
     turned,
     turned_record,
 )
-from mechdiff.callbacks.states import read_last
-from mechdiff.data.prompts import Prompt
 from mechdiff.errors import PromptError
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import bootstrap_ratio, generator
 from mechdiff.interventions.generation import stop_tokens
-from mechdiff.interventions.hooks import record, stop_after
-from mechdiff.interventions.lockstep import decode, padded_together
 from mechdiff.interventions.sites import Site
-from mechdiff.interventions.suffix import SuffixEngine
 from mechdiff.modules.base import DiffModule
-from mechdiff.pairs.loading import LoadedPair
 from mechdiff.results import Record
 
 SCREEN = 32
 """Prompts on which an edit is tried first."""
-
-
-ROWS = 32
-"""Rows that are decoded at once."""
-
-
-class _Read(NamedTuple):
-    """An answer as both models have read it, from the last token of its prompt on.
-
-    Attributes:
-        tokens: What the edited model reads, `(T,)`.
-        answer: What follows each of them, `(m,)`; m is T, or T − 1 where the answer had ended.
-        own: Its states by site, `(T, d)`.
-        donor: The other model's.
-    """
-
-    tokens: Tensor
-    answer: Tensor
-    own: dict[Site, Tensor]
-    donor: dict[Site, Tensor]
+TOKENS = 1024
+"""Tokens of answers that are scored at once, over all edits."""
 
 
 @dataclass
@@ -78,10 +54,12 @@ class Cost:
     Attributes:
         nats: Of each answer with the edit, `(prompts,)`.
         turned: Whether each prompt's answer turns; None where fluency had failed already.
+        cut: How many answers with the edit end where the other model cannot follow.
     """
 
     nats: Tensor
     turned: list[bool] | None = None
+    cut: int = 0
 
 
 @dataclass
@@ -95,11 +73,13 @@ class Neutral:
         sites: Where edits act.
         domain: What counts as turned; see `turned`.
         translate: The other model's id of each of its tokens, −1 where it has none.
-        most: Longest answer.
+        chars: Longest answer, in characters.
+        seed: Of resampling.
         kept: Prompts with an answer, by index.
         reads: Their answers.
         before: Whether each answer is of the tuned kind without any edit.
-        plain: Nats of each answer without an edit, float64; NaN until it is scored.
+        plain: Nats of each answer without an edit, whole and as far as the other model can follow, float64,
+            `(2, prompts)`; NaN until it is scored.
     """
 
     module: DiffModule
@@ -108,33 +88,16 @@ class Neutral:
     sites: Sequence[Site]
     domain: str
     translate: Tensor
-    most: int
+    chars: int
     seed: int
     kept: list[int] = field(default_factory=list)
-    reads: list[_Read] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
     before: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.stops = stop_tokens(self.mine.loaded.model, self.mine.loaded.tokenizer.eos_token_id)
-        found: dict[int, _Read] = {}
-        for batch in self._batches(range(len(self.mine.encoded))):
-            mine, other = (continued(side, batch) for side in (self.mine, self.other))
-            said, states = decode(mine, self.most, self.stops, sites=self.sites)
-            answers = [self._known(ids) for ids in said]
-            theirs = [[int(i) for i in self.translate[ids]] if ids else [] for ids in answers]
-            follow = pad_sequence([torch.tensor(ids) for ids in theirs], batch_first=True).long()
-            model, last = self.other.loaded.model, max(site.layer for site in self.sites)
-            with record(model, self.sites) as seen, stop_after(model, last):
-                other.step(torch.cat([other.last, follow.to(other.last)], 1))
-            for row, (index, ids) in enumerate(zip(batch, answers, strict=True)):
-                if ids:
-                    ended = len(ids) == len(said[row]) < self.most  # one token more tells if it still does
-                    answer = torch.tensor(ids, device=mine.last.device)
-                    length = len(ids) + ended
-                    tokens = torch.cat([mine.last[row], answer])[:length]
-                    own = {site: states[site][row, :length] for site in self.sites}
-                    donor = {site: seen[site][row, :length].clone() for site in self.sites}
-                    found[index] = _Read(tokens, answer, own, donor)
+        self.reach = answer_reach(self.mine.loaded, self.chars)
+        found = read_answers(self.mine, self.other, self.sites, self.translate, self.reach, self.stops)
         for index, read in sorted(found.items()):
             self.kept.append(index)
             self.reads.append(read)
@@ -143,21 +106,8 @@ class Neutral:
             raise PromptError(
                 f"{self.mine.loaded.role} answers no neutral prompt; allowed: one or more (key: pair.prompts)"
             )
-        self.plain = torch.full((len(self.reads),), torch.nan, dtype=torch.float64)
-
-    def _known(self, ids: Sequence[int]) -> list[int]:
-        """Cut an answer before the first token that the other model does not have."""
-        known = [bool(self.translate[i] >= 0) for i in ids]
-        return list(ids[: known.index(False)] if False in known else ids)
-
-    def _batches(self, indices: Iterable[int]) -> Iterator[list[int]]:
-        """Group prompts, by length, that can be decoded together; one may occur several times."""
-        lengths = [len(e) for e in self.mine.encoded]
-        order = sorted(indices, key=lambda i: (lengths[i], i))
-        if padded_together([*self.mine.prefixes[:1], *self.other.prefixes[:1]]):
-            yield from (order[i : i + ROWS] for i in range(0, len(order), ROWS))
-        else:
-            yield from ([*same] for _, same in groupby(order))
+        self.heard = torch.tensor([read.heard for read in self.reads])
+        self.plain = torch.full((2, len(self.reads)), torch.nan, dtype=torch.float64)
 
     def score(self, cells: Sequence[Handle], rows: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Score the answers of some prompts with each edit of one site.
@@ -170,91 +120,131 @@ class Neutral:
             Nats, float64, and how many tokens of the answer stay the most probable ones, one more where it
             still ends; `(prompts, edits)`.
         """
-        nats, stay = [], []
+        numbers = list(rows)
+        nats = torch.zeros(len(numbers), len(cells), dtype=torch.float64)
+        stay = torch.zeros(len(numbers), len(cells), dtype=torch.long)
+        for needs in (False, True):
+            columns = [i for i, cell in enumerate(cells) if (cell.kind in NEEDS_DONOR) == needs]
+            for place, row in enumerate(numbers if columns else ()):
+                read = self.reads[row].shared() if needs else self.reads[row]
+                if len(read.tokens):
+                    found = self._score([cells[i] for i in columns], row, read, int(needs))
+                    nats[place, columns], stay[place, columns] = found
+                else:
+                    self.plain[1, row] = 0.0
+        return nats, stay
+
+    def _score(self, cells: Sequence[Handle], row: int, read: Read, which: int) -> tuple[Tensor, Tensor]:
         site = cells[0].site
-        for row in rows:
-            read = self.reads[row]
-            own, donor = read.own[site], read.donor[site].to(read.own[site])
-            hidden = torch.stack([own, *(cell.change(self.module, own, donor) for cell in cells)])
-            tokens = read.tokens.expand(len(hidden), -1)
+        own = read.own[site]
+        donor = read.donor[site].to(own) if which else None
+        tokens, m = read.tokens[None], len(read.answer)
+        nats, stay = [], []
+        rows: list[Handle | None] = [None, *cells]
+        size = max(1, TOKENS // len(read.tokens))
+        for some in (rows[i : i + size] for i in range(0, len(rows), size)):
+            hidden = torch.stack([own if c is None else c.change(self.module, own, donor) for c in some])
             at = torch.arange(len(read.tokens)).expand(len(hidden), -1)
             logits = self.mine.engine.resume(
-                site.layer, hidden, tokens, prefix=self.mine.prefixes[self.kept[row]], logits_at=at
+                site.layer,
+                hidden,
+                tokens.expand(len(hidden), -1),
+                prefix=self.mine.prefixes[self.kept[row]],
+                logits_at=at,
             )
-            plain, *found = _nats(logits, read.answer)
-            if self.plain[row].isnan():
-                self.plain[row] = plain
-            nats.append(torch.stack(found))
-            best, m = logits[1:].argmax(-1), len(read.answer)
+            nats.append(_nats(logits, read.answer))
+            best = logits.argmax(-1)
             alike = best[:, :m] == read.answer
             if len(read.tokens) > m:
                 ends = torch.isin(best[:, m:], torch.tensor(self.stops, device=best.device))
                 alike = torch.cat([alike, ends], 1)
             stay.append(alike.long().cumprod(1).sum(1).cpu())
-        return torch.stack(nats), torch.stack(stay)
+        plain, *found = torch.cat(nats)
+        if self.plain[which, row].isnan():
+            self.plain[which, row] = plain
+        return torch.stack(found), torch.cat(stay)[1:]
 
-    def turns(self, cells: Sequence[Handle], stay: Tensor) -> list[list[bool]]:
-        """Tell of every prompt whether its answer turns under each edit of one site.
+    def turns(self, cells: Sequence[Handle], stay: Tensor) -> list[tuple[list[bool], int]]:
+        """Tell of every prompt whether its answer turns under each edit of one site, and how many were cut.
 
         Args:
             cells: The edits.
             stay: How many tokens stay; see `score`.
         """
-        found = [list(self.before) for _ in cells]
-        open_cells = [
-            (row, i)
-            for row, read in enumerate(self.reads)
-            for i, length in enumerate(stay[row].tolist())
-            if length < len(read.tokens) and not self._settled(read.answer[:length])
-        ]
-        for kind_needs in (False, True):
-            wanted = [(r, i) for r, i in open_cells if (cells[i].kind in NEEDS_DONOR) == kind_needs]
-            for (row, i), text in self.answers(cells, wanted):
-                found[i][row] = turned(text, self.domain)
-        return found
-
-    def answers(
-        self, cells: Sequence[Handle], wanted: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[tuple[int, int], str]]:
-        """Yield answers with edits of one site on, for numbers of prompts and of edits."""
-        by_prompt: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for row, i in wanted:
-            by_prompt[self.kept[row]].append((row, i))
-        for batch in self._batches(self.kept[row] for row, _ in wanted):
-            pairs = [by_prompt[index].pop(0) for index in batch]
-            each = [cells[i] for _, i in pairs]
-            said = answer_edited(
-                self.module, self.mine, self.other, batch, each, self.translate, self.most, self.stops
-            )
-            yield from zip(pairs, map(self._text, said), strict=True)
+        found, cut = [list(self.before) for _ in cells], [0] * len(cells)
+        wanted = []
+        for row, read in enumerate(self.reads):
+            for i, length in enumerate(stay[row].tolist()):
+                needs = cells[i].kind in NEEDS_DONOR
+                if needs and length == read.heard < len(read.tokens):
+                    cut[i] += 1  # the same answer as far as the other model can follow
+                elif length < (read.heard if needs else len(read.tokens)) and not self._settled(
+                    read.answer[:length]
+                ):
+                    wanted.append((row, i))
+        said = answer_edited(
+            self.module,
+            self.mine,
+            self.other,
+            [self.kept[row] for row, _ in wanted],
+            [cells[i] for _, i in wanted],
+            self.translate,
+            self.reach,
+            self.stops,
+        )
+        for (row, i), answer in zip(wanted, said, strict=True):
+            found[i][row] = turned(self._text(answer.ids), self.domain)
+            cut[i] += answer.cut
+        return list(zip(found, cut, strict=True))
 
     def _settled(self, begins: Tensor) -> bool:
         """Tell whether an answer that begins so cannot turn: a number has no letters."""
         return self.domain == "cognitive" and any(c.isalpha() for c in self._text(begins.tolist()))
 
+    def _read_by(self, cell: Handle, n: int | None = None) -> Tensor:
+        """Return numbers of the first n prompts whose answer an edit acts on at all."""
+        heard = self.heard[:n]
+        return (heard > 0).nonzero()[:, 0] if cell.kind in NEEDS_DONOR else torch.arange(len(heard))
+
     def records(self, cell: Handle, cost: Cost, about: Mapping[str, Any]) -> list[Record]:
-        """Return what an edit costs."""
-        n = len(cost.nats)
+        """Return what an edit costs; of edits that need the other model, also what it could not follow."""
+        about = dict(about)
+        rows, n = self._read_by(cell, len(cost.nats)), len(cost.nats)
+        if cell.kind in NEEDS_DONOR:
+            short = sum(read.heard < len(read.tokens) for read in self.reads[:n])
+            if short or cost.cut:
+                about["flags"] = (*about.get("flags", ()), "cut_answers")
+            counts = {"dropped": n - len(rows), "cut": short - (n - len(rows)), "cut_edited": cost.cut}
+            about["params"] = {**about.get("params", {}), **counts}
         draws = generator(self.seed, "side_effect_bpb")
-        found = [fluency_record(cost.nats, self.plain[:n], draws, dict(about))]
+        plain = self.plain[self._which(cell)]
+        found = [fluency_record(cost.nats[rows], plain[rows], draws, dict(about))]
         if cost.turned is not None:
-            found.append(turned_record(cost.turned, self.before, dict(about)))
+            after, before = ([part[i] for i in rows.tolist()] for part in (cost.turned, self.before))
+            found.append(turned_record(after, before, dict(about)))
         return found
+
+    def _which(self, cell: Handle) -> int:
+        return int(cell.kind in NEEDS_DONOR)
 
     def costs(self, cells: Sequence[Handle]) -> list[Cost]:
         """Measure edits of one site on all prompts."""
         nats, stay = self.score(cells, range(len(self.reads)))
         return [
-            Cost(column, turns) for column, turns in zip(nats.unbind(1), self.turns(cells, stay), strict=True)
+            Cost(column, *turns)
+            for column, turns in zip(nats.unbind(1), self.turns(cells, stay), strict=True)
         ]
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.mine.loaded.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def bound(self, nats: Tensor) -> tuple[float, float]:
+    def bound(self, cell: Handle, nats: Tensor) -> tuple[float, float]:
         """Return the one-sided bounds, from below and above, of how many more nats answers take, a share."""
-        draws = generator(self.seed, "side_effect_bpb")
-        found = bootstrap_ratio(nats, self.plain[: len(nats)], generator=draws, level=ONE_SIDED)
+        draws, rows = generator(self.seed, "side_effect_bpb"), self._read_by(cell, len(nats))
+        if not len(rows):
+            return 0.0, float("inf")
+        plain = self.plain[self._which(cell), rows]
+        found = bootstrap_ratio(nats[rows], plain, generator=draws, level=ONE_SIDED)
         return found.low - 1, found.high - 1
 
     def choose(self, queues: Mapping[Any, Sequence[Handle]]) -> tuple[dict[Any, Handle], dict[Handle, Cost]]:
@@ -275,7 +265,7 @@ class Neutral:
             front = {key: cells[0] for key, cells in left.items()}
             cells = list(front.values())
             nats, stay = self.score(cells, few)
-            hopeful = [i for i in range(len(cells)) if self.bound(nats[:, i])[0] <= MAX_BPB]
+            hopeful = [i for i in range(len(cells)) if self.bound(cells[i], nats[:, i])[0] <= MAX_BPB]
             tried |= {cell: Cost(nats[:, i]) for i, cell in enumerate(cells) if i not in hopeful}
             if hopeful and len(rest):
                 more = self.score([cells[i] for i in hopeful], rest)
@@ -285,13 +275,14 @@ class Neutral:
             fluent = []
             for column, i in enumerate(hopeful):
                 tried[cells[i]] = Cost(nats[:, column])
-                if self.bound(nats[:, column])[1] <= MAX_BPB:
+                if self.bound(cells[i], nats[:, column])[1] <= MAX_BPB:
                     fluent.append(column)
             passing = [cells[hopeful[column]] for column in fluent]
-            for cell, turns in zip(passing, self.turns(passing, stay[:, fluent]), strict=True):
-                tried[cell] = replace(tried[cell], turned=turns)
+            turns = self.turns(passing, stay[:, fluent]) if passing else []
+            for cell, (after, cut) in zip(passing, turns, strict=True):
+                tried[cell] = replace(tried[cell], turned=after, cut=cut)
             for key, cell in front.items():
-                if cell in passing and self._turns_little(tried[cell]):
+                if cell in passing and self._turns_little(cell, tried[cell]):
                     chosen[key] = cell
                     del left[key]
                     continue
@@ -300,21 +291,11 @@ class Neutral:
                     del left[key]
         return chosen, tried
 
-    def _turns_little(self, cost: Cost) -> bool:
+    def _turns_little(self, cell: Handle, cost: Cost) -> bool:
         assert cost.turned is not None
-        changed = sum(a and not b for a, b in zip(cost.turned, self.before, strict=True))
-        return 100 * binomial_interval(changed, len(self.before), side="upper").high <= MAX_PP
-
-
-def neutral_sides(
-    pair: LoadedPair, engines: tuple[SuffixEngine, SuffixEngine], prompts: Sequence[Prompt]
-) -> tuple[Side, Side]:
-    """Let base and tuned read neutral prompts; those that end at another place for the two are left out."""
-    same = same_end(*two_sides(pair, prompts, engines))
-    sides = two_sides(pair, [p for p, able in zip(prompts, same, strict=True) if able], engines)
-    for side in sides:
-        read_last(side, [])
-    return sides
+        rows = self._read_by(cell).tolist()
+        changed = sum(cost.turned[i] and not self.before[i] for i in rows)
+        return 100 * binomial_interval(changed, len(rows), side="upper").high <= MAX_PP
 
 
 def _nats(logits: Tensor, answer: Tensor) -> Tensor:

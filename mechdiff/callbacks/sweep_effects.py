@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mechdiff.callbacks.base import spread
 from mechdiff.callbacks.handle_evaluation import Handle, same_end, two_sides
 from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.states import read_last
@@ -98,19 +99,31 @@ class Targets:
         own, donor = (side.states[index][site] for side in self.sides(where))
         return own, donor.to(own)
 
-    def run(self, site: Site, where: str, edited: Callable[[int], Tensor], most: int | None = None) -> Arms:
+    def few(self, most: int) -> list[int]:
+        """Return some of the prompts, evenly over languages."""
+        taken = set(spread(self.prompts, most))
+        return [i for i, prompt in enumerate(self.prompts) if prompt in taken]
+
+    def run(
+        self,
+        site: Site,
+        where: str,
+        edited: Callable[[int], Tensor],
+        prompts: Sequence[int] | None = None,
+    ) -> Arms:
         """Measure edits.
 
         Args:
             site: Where they act.
             where: ``into_base`` or ``into_tuned``.
             edited: Returns the edited states of a prompt, `(edits, d)`.
-            most: Prompts from the first on; None takes all.
+            prompts: Numbers of those that are read; None takes all.
         """
         mine, other = self.sides(where)
-        nats, size, gap, norms = [], [], [], []
+        nats: list[Tensor] = []
+        size, gap, norms = [], [], []
         noise: list[Tensor] = []
-        for index in range(len(self.prompts))[:most]:
+        for index in range(len(self.prompts)) if prompts is None else prompts:
             own = mine.states[index][site]
             rows = torch.cat([own, edited(index).to(own)])
             reference, kept = other.log_p[index].to(own.device), mine.log_p[index]
@@ -118,7 +131,7 @@ class Targets:
             for part in rows.split(ROWS):
                 logits = self._logits(mine, index, site, part)
                 found.append(kl_from_logits(reference, logits))
-                if len(noise) <= index:
+                if len(noise) == len(nats):
                     noise.append(kl_from_logits(kept, logits[:1]).abs().cpu())
             nats.append(torch.cat(found)[1:].cpu())
             size.append((rows[1:] - own).double().norm(dim=-1).cpu())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mechdiff.callbacks.base import Item
-from mechdiff.callbacks.handle_evaluation import CHOSEN, Handle, HandleEvaluation
-from mechdiff.callbacks.sweep_behaviour import GENERATED, Moved
+from mechdiff.callbacks.handle_evaluation import ANSWER, CHOSEN, LAST, Handle, HandleEvaluation
+from mechdiff.callbacks.sweep_behaviour import Moved
 from mechdiff.callbacks.sweep_controls import Random
 from mechdiff.callbacks.sweep_effects import INTO_TUNED, Arms, direction
 from mechdiff.functional.handles import minimal_k
@@ -24,9 +24,14 @@ INTO_BASE = ("interchange", "mapped", "amplify", "add")
 EDITS = (*INTO_BASE, *INTO_TUNED)
 WORTH = 0.2
 """Recovery that makes the smallest rank with it the handle that later evaluations go on from."""
+NONE = {True: "none_feasible", False: "no_effect"}
+"""Why no strength was chosen, by whether any of them did anything on dev."""
 THRESHOLDS = {"minimal_k_10": 0.1, "minimal_k_20": 0.2}
 NEARLY_ALL = 0.9
 """Share of what the whole state does that the rank of a difference must reach."""
+
+ENOUGH = 100
+"""Random subspaces that it takes to call an effect one."""
 
 Key = tuple[str, int]  # kind and rank
 
@@ -45,8 +50,19 @@ class SweepReport(HandleEvaluation):
         super().__init__()
         self.finalists: list[Handle] = []
 
-    def _about(self, site: Site, split: str, cell: Handle | None = None, **more: Any) -> dict[str, Any]:
-        params = {**(cell.params if cell else {}), **more}
+    def _about(
+        self, site: Site, split: str, cell: Handle | None = None, acts_on: str = LAST, **more: Any
+    ) -> dict[str, Any]:
+        """Say what a record is of.
+
+        Args:
+            site: Where.
+            split: Of the prompts.
+            cell: The edit.
+            acts_on: Tokens that it changes: the last of the prompt, and those of the answer or not.
+            **more: What else goes into `params`.
+        """
+        params = {**(cell.params if cell else {}), "acts_on": acts_on, "contrast": self.contrast, **more}
         return {
             "question": "rq3",
             "site": str(site),
@@ -77,6 +93,7 @@ class SweepReport(HandleEvaluation):
         site: Site,
         chosen: Mapping[Key, Handle],
         swept: Mapping[tuple[Site, str], tuple[list[Handle], Arms]],
+        able: Collection[Key],
         n: int,
     ) -> Iterator[Record]:
         """Yield, by kind, the smallest rank that is worth it, or else the one with the largest effect."""
@@ -87,27 +104,47 @@ class SweepReport(HandleEvaluation):
             worth = [cell for cell in held if effects[cell] >= WORTH]
             about = {**self._about(site, "dev"), "n": n, "unit": "directions"}
             if not held:
-                yield missing(CHOSEN, "none_feasible", {**about, "params": {"edit": kind}})
+                reason = NONE[any(name == kind for name, _ in able)]
+                yield missing(CHOSEN, reason, {**about, "params": {"edit": kind}})
                 continue
             cell = worth[0] if worth else max(held, key=lambda c: effects[c])
             about["params"] = {"edit": kind, "alpha": cell.alpha, "solver": cell.solver}
             self.finalists.append(cell)
             yield Record(quantity=CHOSEN, value=float(cell.k), **about)
 
-    def _random(self, site: Site, found: Random, solver: str) -> Record:
+    def _random(self, site: Site, found: Random, solver: str, own: Record | None) -> Record:
+        """Return the range of random subspaces; beside it the chosen edit's recovery on the same prompts."""
         low, middle, high = found.recovery.quantile(torch.tensor([0.05, 0.5, 0.95]).double()).tolist()
-        params = {"edit": "interchange", "k": found.k, "solver": solver, "draw": found.drawn}
-        about = {**self._about(site, "eval"), "params": {**params, "draws": len(found.recovery)}}
-        about |= {"control": "random", "low": low, "high": high, "n": found.prompts}
+        params: dict[str, Any] = {"edit": found.kind, "k": found.k, "solver": solver, "draw": found.drawn}
+        about = self._about(site, "eval", **params, draws=len(found.recovery))
+        if own is not None and own.value is not None:
+            about["params"]["handle"] = {"value": own.value, "low": own.low, "high": own.high}
+        about |= {"control": "random", "low": low, "high": high, "n": len(found.prompts)}
+        if len(found.recovery) < ENOUGH:
+            about["flags"] = ("few_draws",)
         return Record(quantity="interchange_recovery", value=middle, **about)
 
-    def _within(self, arms: Arms, i: int, cell: Handle, random: Sequence[Random]) -> bool:
-        """Tell whether random subspaces of the rank do as much, on the prompts that these were given."""
-        found = [r for r in random if r.k == cell.k]
-        if direction(cell.kind) == "into_tuned" or not found:
-            return False
-        effect = float(arms.pick([i]).recovery(slice(found[0].prompts))[0])
-        return effect <= max(r.limit for r in found)
+    def _beside(self, effect: Record | None, cell: Handle, random: Sequence[Random]) -> tuple[str, ...]:
+        """Flag an edit that random ones as long equal on the same prompts, or that has too few beside it.
+
+        Args:
+            effect: Recovery of the edit on the prompts that random ones were given.
+            cell: The edit.
+            random: Random edits.
+        """
+        found = [r for r in random if (r.kind, r.k) == (cell.kind, cell.k)]
+        if effect is None or not found or any(len(r.recovery) < ENOUGH for r in found):
+            return ("no_random_control",)
+        within = effect.value is not None and effect.value <= max(r.limit for r in found)
+        return ("within_random",) if within else ()
+
+    def _on_few(self, arms: Arms, i: int, cell: Handle, random: Sequence[Random]) -> Record | None:
+        """Return the recovery of an edit on the prompts that random ones of its kind and rank were given."""
+        rows = next((r.prompts for r in random if (r.kind, r.k) == (cell.kind, cell.k)), None)
+        if rows is None:
+            return None
+        few = arms._replace(nats=arms.nats[rows], gap=arms.gap[rows])
+        return self._share(few, i, quantity(cell.kind), self._about(cell.site, "eval", cell))
 
     def _wrong_way(self, arms: Arms, i: int, cell: Handle) -> Record:
         """Return the share of prompts that an edit drives away from the model it imitates."""
@@ -116,7 +153,9 @@ class SweepReport(HandleEvaluation):
             "wrong_way", binomial_interval(int(away.sum()), len(away)), self._about(cell.site, "eval", cell)
         )
 
-    def _small(self, site: Site, ks: Sequence[int], shares: Mapping[Key, Record]) -> Iterator[Record]:
+    def _small(
+        self, site: Site, ks: Sequence[int], shares: Mapping[Key, Record], able: Collection[Key]
+    ) -> Iterator[Record]:
         """Yield the smallest rank that recovers a tenth and a fifth, and those that the intervals allow."""
         for kind in (kind for kind in ("interchange", "mapped") if kind in self.edits):
             held = [shares[kind, k] for k in ks if (kind, k) in shares]
@@ -128,7 +167,11 @@ class SweepReport(HandleEvaluation):
                 if found is None:
                     reasons = {r.reason for r in held if r.reason}
                     reason = (
-                        "none_feasible" if not held else reasons.pop() if len(reasons) == 1 else "not_reached"
+                        NONE[any(name == kind for name, _ in able)]
+                        if not held
+                        else reasons.pop()
+                        if len(reasons) == 1
+                        else "not_reached"
                     )
                     yield missing(name, reason, about)
                     continue
@@ -167,17 +210,19 @@ class SweepReport(HandleEvaluation):
         low, high = (minimal_k([*ks, width], ends, NEARLY_ALL) for ends in (highs, lows))
         yield Record(quantity="minimal_k_90", value=found, low=low, high=high, **about)
 
-    def _moved(self, cell: Handle, metric: str, moved: Moved) -> Record:
+    def _moved(self, cell: Handle, metric: str, moved: Moved, acts_on: str = LAST) -> Record:
         """Return the share of the gap in behaviour that an edit closes."""
         name = "ablate_effect" if cell.kind in INTO_TUNED else "steer_effect"
         sign = 1.0 if (moved.end - moved.start).mean() >= 0 else -1.0  # a gap that points down is one too
-        about = self._about(cell.site, "eval", cell, metric=metric)
+        about = self._about(cell.site, "eval", cell, acts_on, metric=metric)
         left, whole = sign * (moved.end - moved.value), sign * (moved.end - moved.start)
         self._keep(moved.prompts, cell, metric, moved.value)
         return self.ratio(left, whole, moved.noise, name, **about)
 
     def _behaviours(
-        self, graded: Sequence[tuple[str, Handle, Moved]], generated: Sequence[tuple[Handle, Moved]]
+        self,
+        graded: Sequence[tuple[str, Handle, Moved]],
+        generated: Sequence[tuple[str, Handle, Moved, int]],
     ) -> Iterator[Record]:
         """Yield graded and generated effects; a generated one that contradicts a graded one is flagged."""
         by_cell: dict[Handle, list[Record]] = {}
@@ -185,10 +230,14 @@ class SweepReport(HandleEvaluation):
             by_cell.setdefault(cell, []).append(self._moved(cell, metric, moved))
         for found in by_cell.values():
             yield from found
-        for cell, moved in generated:
-            record = self._moved(cell, GENERATED, moved)
-            apart = any(_apart(record, other) for other in by_cell.get(cell, ()))
-            yield replace(record, flags=(*record.flags, "disagrees_with_graded")) if apart else record
+        for metric, cell, moved, cut in generated:
+            record = self._moved(cell, metric, moved, ANSWER)
+            flags = list(record.flags)
+            if any(_apart(record, other) for other in by_cell.get(cell, ())):
+                flags.append("disagrees_with_graded")
+            if cut:
+                flags.append("cut_answers")
+            yield replace(record, flags=tuple(flags))
 
     def _keep(self, prompts: Sequence[str], cell: Handle, name: str, values: Tensor) -> None:
         arm = f"{cell.kind}/{cell.k}"

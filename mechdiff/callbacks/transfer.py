@@ -6,7 +6,8 @@
    under other wrappings, towards tuned's own state (`interchange`) or the mapped one (`mapped`).
 3. Effects are recovery, `1 − KL(tuned ‖ edited) / KL(tuned ‖ base)` over shared tokens, and the share of the
    gap in graded behaviour, with shared-vocabulary masking and without. Where tuned does not differ from base
-   in a language, the record says so. Beside them stands a random subspace of the same rank.
+   in a language, the record says so. Beside recovery stands the range of random subspaces of the same rank,
+   in edits as long, prompt by prompt, as those of the handle fitted on all languages.
 
 Distributions are always compared over shared tokens: where base lacks a token no finite divergence exists.
 """
@@ -24,14 +25,22 @@ from torch import Tensor
 
 from mechdiff.callbacks.base import Item, readable, spread
 from mechdiff.callbacks.graded import Openings, grades, read_openings
-from mechdiff.callbacks.handle_evaluation import HandleEvaluation, residuals, same_end, two_engines, two_sides
+from mechdiff.callbacks.handle_evaluation import (
+    LAST,
+    HandleEvaluation,
+    residuals,
+    same_end,
+    two_engines,
+    two_sides,
+)
 from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.reading import Reading
-from mechdiff.callbacks.transfer_fit import ALL, Fit, fit_languages, random_fit
+from mechdiff.callbacks.transfer_fit import ALL, Fit, fit_languages
 from mechdiff.config import LAMBDA_GRID
 from mechdiff.data.prompts import Prompt, load_prompts
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.clt import map_states
+from mechdiff.functional.handles import random_basis
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import generator
 from mechdiff.functional.steering import interchange
@@ -47,6 +56,8 @@ TEMPLATES = (PLAIN, '"{text}"', "1) {text}", "# {text}\n\n---")
 """Wrappings in no language of their own."""
 EDITS = ("interchange", "mapped")
 _OWN, _RANDOM = ("", "none"), ("random", "interchange")
+DRAWS = 20
+"""Fewest random subspaces that have a 95th percentile."""
 
 
 Arm = tuple[str, str]  # what the handle was fitted on, edit
@@ -66,6 +77,7 @@ class Transfer(HandleEvaluation):
         template_prompts: The same for every other wrapping.
         graded_prompts: The same for graded behaviour, the costliest part; 0 leaves it out.
         lambdas: Ridge strengths to choose from.
+        draws: Random subspaces.
 
     Raises:
         ConfigError: If an edit or a template is not allowed, or a number out of range.
@@ -83,6 +95,7 @@ class Transfer(HandleEvaluation):
         template_prompts: int = 8,
         graded_prompts: int = 6,
         lambdas: Sequence[float] = LAMBDA_GRID,
+        draws: int = DRAWS,
     ) -> None:
         super().__init__()
         if unknown := sorted(set(edits) - set(EDITS)):
@@ -93,11 +106,15 @@ class Transfer(HandleEvaluation):
             )
         if k < 1:
             raise ConfigError(f"k is {k}; allowed: 1 or more (key: k)")
+        if draws < DRAWS:
+            raise ConfigError(f"draws is {draws}; allowed: {DRAWS} or more (key: draws)")
         self.languages, self.k, self.alpha, self.edits = tuple(languages), k, alpha, tuple(edits)
         self.extra_prompts = [Path(path) for path in extra_prompts]
         self.templates = tuple(dict.fromkeys((PLAIN, *templates)))
         self.max_prompts, self.template_prompts = max_prompts, template_prompts
         self.graded_prompts, self.lambdas = graded_prompts, tuple(lambdas)
+        self.draws = draws
+        self.drawn: dict[Site, Tensor] = {}
         self.voices: dict[str, Voice] = {}
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
@@ -107,10 +124,11 @@ class Transfer(HandleEvaluation):
         fits: dict[Site, dict[str, Fit]] = {}
         for site in residuals(module):
             fits[site] = fit_languages(self.data, str(site), self.languages, self.k, self.lambdas)
-            draws = generator(self.seed, "transfer", site)
-            fits[site][_RANDOM[0]] = random_fit(pair.base.width, self.k, draws)
+            source = generator(self.seed, "transfer", site)
+            bases = [random_basis(self.k, pair.base.width, source) for _ in range(self.draws)]
+            self.drawn[site] = torch.stack(bases).float()
             for name in (n for n in (*self.languages, ALL) if n not in fits[site]):
-                where, none = {"lang": ALL, "template": PLAIN}, {name: fits[site][_RANDOM[0]]}
+                where, none = {"lang": ALL, "template": PLAIN}, {name: Fit(self.drawn[site][0], None, 0)}
                 yield from self._nothing({site: none}, where, "too_few_prompts")
         openings = read_openings(Path(pair.spec.openings)) if pair.spec.openings else {}
         self.voices, self.engines = voices(pair), two_engines(pair)
@@ -147,10 +165,13 @@ class Transfer(HandleEvaluation):
         for side in (base, tuned):
             side.read(list(fits))
         columns: dict[Site, dict[Arm, list[float]]] = {site: defaultdict(list) for site in fits}
+        random: dict[Site, list[Tensor]] = {site: [] for site in fits}
         for index in self.track(able, f"transfer to {where['lang']}"):
             for site, arms in fits.items():
                 for arm, kl in self._next_token(base, tuned, index, site, arms).items():
                     columns[site][arm].append(kl)
+                if arms:
+                    random[site].append(self._random(base, tuned, index, site, arms))
         gap = torch.stack([kl_divergence(tuned.log_p[i], base.log_p[i]) for i in able])
         flags = ("unaligned_prompts",) if len(able) < len(kept) else ()
         for site, nats_of in columns.items():
@@ -160,22 +181,60 @@ class Transfer(HandleEvaluation):
                 column = torch.tensor(nats, dtype=torch.float64)
                 yield self.ratio(column, gap, floor, "transfer_effect", **about, flags=flags)
                 self._keep(site, arm, where, [kept[i].id for i in able], "transfer_kl", nats)
+            if random[site]:
+                yield self._range(site, torch.stack(random[site]), gap, floor, where, flags)
         few = set(spread([kept[i] for i in able if grades(kept[i], openings)], self.graded_prompts))
         yield from self._behaviour({"base": base, "tuned": tuned}, kept, few, fits, where, openings)
+
+    def _random(self, base: Side, tuned: Side, index: int, site: Site, fits: Mapping[str, Fit]) -> Tensor:
+        """Return KL(tuned ‖ edited base) in nats for every random subspace, `(draws,)`."""
+        own = base.states[index][site][-1]
+        donor = tuned.states[index][site][-1].to(own)
+        handle = fits.get(ALL) or next(iter(fits.values()))
+        length = (interchange(own, donor, handle.basis.to(own.device), self.alpha) - own).norm()
+        change = torch.stack([interchange(own, donor, b.to(own.device), 1.0) - own for b in self.drawn[site]])
+        hidden = own + length * torch.nn.functional.normalize(change, dim=-1)
+        return torch.tensor(self._nats(base, tuned, index, site, hidden)[0], dtype=torch.float64)
+
+    def _range(
+        self,
+        site: Site,
+        nats: Tensor,
+        gap: Tensor,
+        floor: float,
+        where: Mapping[str, str],
+        flags: tuple[str, ...],
+    ) -> Record:
+        """Return the range of random subspaces, of nats `(prompts, draws)`."""
+        none = {_RANDOM[0]: Fit(self.drawn[site][0], None, 0)}
+        about = self._about(site, _RANDOM, where, none, metric="recovery", masking=True, draws=self.draws)
+        if not self.gap(gap, floor, about):
+            return missing("transfer_effect", "gap_too_small", {**about, "n": len(gap), "flags": flags})
+        recovery = 1 - nats.mean(0) / gap.mean()
+        low, middle, high = recovery.quantile(torch.tensor([0.05, 0.5, 0.95]).double()).tolist()
+        about |= {"low": low, "high": high, "n": len(gap), "flags": flags}
+        return Record(quantity="transfer_effect", value=middle, **about)
 
     def _next_token(
         self, base: Side, tuned: Side, index: int, site: Site, fits: Mapping[str, Fit]
     ) -> dict[Arm, float]:
         """Return KL(tuned ‖ edited base) in nats by arm; the first is base's own divergence from itself."""
         states = self._edited(base, tuned, index, site, fits)
-        hidden = torch.stack(list(states.values()))[:, None]
-        ids = base.ids(index)[:, -1:].expand(len(hidden), -1)
-        log_p = base.restricted(base.engine.resume(site.layer, hidden, ids, prefix=base.prefixes[index]))
-        reference = tuned.log_p[index].to(log_p.device)
-        nats = kl_divergence(reference.expand_as(log_p), log_p).tolist()
+        nats, log_p = self._nats(base, tuned, index, site, torch.stack(list(states.values())))
         found = dict(zip(states, nats, strict=True))
         found[_OWN] = kl_divergence(base.log_p[index], log_p[0]).item()
         return found
+
+    def _nats(
+        self, base: Side, tuned: Side, index: int, site: Site, states: Tensor
+    ) -> tuple[list[float], Tensor]:
+        """Return KL(tuned ‖ base with a state) by state `(states, d)`, and base's log-probabilities."""
+        ids = base.ids(index)[:, -1:].expand(len(states), -1)
+        logits = base.engine.resume(site.layer, states[:, None], ids, prefix=base.prefixes[index])
+        log_p = base.restricted(logits)
+        reference = tuned.log_p[index].to(log_p.device)
+        nats: list[float] = kl_divergence(reference.expand_as(log_p), log_p).tolist()
+        return nats, log_p
 
     def _edited(
         self, base: Side, tuned: Side, index: int, site: Site, fits: Mapping[str, Fit]
@@ -184,8 +243,9 @@ class Transfer(HandleEvaluation):
         donor = tuned.states[index][site][-1].to(own)
         states = {_OWN: own}
         for name, (basis, affine, _) in fits.items():
-            for edit in self.edits if affine else _RANDOM[1:]:
-                other = donor if edit == "interchange" or affine is None else map_states(own, affine)
+            assert affine is not None
+            for edit in self.edits:
+                other = donor if edit == "interchange" else map_states(own, affine)
                 states[name, edit] = interchange(own, other.to(own), basis.to(own.device), self.alpha)
         return states
 
@@ -231,7 +291,7 @@ class Transfer(HandleEvaluation):
         self, fits: Mapping[Site, Mapping[str, Fit]], where: Mapping[str, str], reason: str
     ) -> Iterator[Record]:
         for site, names in fits.items():
-            for arm in ((name, edit) for name in names if name != _RANDOM[0] for edit in self.edits):
+            for arm in ((name, edit) for name in names for edit in self.edits):
                 about = self._about(site, arm, where, names, metric="recovery", masking=True)
                 yield missing("transfer_effect", reason, {**about, "n": 0})
 
@@ -239,7 +299,15 @@ class Transfer(HandleEvaluation):
         self, site: Site, arm: Arm, where: Mapping[str, str], fits: Mapping[str, Fit], **more: Any
     ) -> dict[str, Any]:
         fitted, edit = arm
-        cell = {"fitted_on": fitted, "edit": edit, "k": self.k, "alpha": self.alpha, **where, **more}
+        cell = {
+            "fitted_on": fitted,
+            "edit": edit,
+            "k": self.k,
+            "alpha": self.alpha,
+            **where,
+            "acts_on": LAST,
+            **more,
+        }
         return {
             "question": "rq3",
             "site": str(site),

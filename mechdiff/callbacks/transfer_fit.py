@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mechdiff.data.activations import ActivationPairs
 from mechdiff.functional.clt import AffineMap, map_states, ridge_path_rows
-from mechdiff.functional.handles import random_basis
 from mechdiff.functional.steering import paired_svd
 
 ALL = "all"
@@ -75,11 +74,6 @@ def fit_languages(
         prompts = len(kept.prompt[kept.target].unique())
         found[name] = Fit(paired_svd(change, k).basis.float(), affine, prompts)
     return found
-
-
-def random_fit(d: int, k: int, draws: torch.Generator) -> Fit:
-    """Return a random subspace of the same rank, without a map."""
-    return Fit(random_basis(k, d, draws).float(), None, 0)
 
 
 def stored_rows(data: ActivationPairs, split: str, site: str) -> StoredRows:

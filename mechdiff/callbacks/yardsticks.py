@@ -26,7 +26,14 @@ from transformers import PreTrainedTokenizerBase
 from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
 from mechdiff.callbacks.graded import grades, read_openings
 from mechdiff.callbacks.patcher import Side
-from mechdiff.callbacks.side_effects import answer_nats, fluency_record, turned, turned_record
+from mechdiff.callbacks.side_effects import (
+    ANSWER_CHARS,
+    answer_nats,
+    answer_reach,
+    fluency_record,
+    turned,
+    turned_record,
+)
 from mechdiff.callbacks.states import read_ends
 from mechdiff.data.contrast import contrast
 from mechdiff.data.prompts import Prompt
@@ -35,7 +42,8 @@ from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import generator
 from mechdiff.interventions.generation import generate, stop_tokens
 from mechdiff.interventions.grafts import Rows, check_same_architecture, interpolate
-from mechdiff.interventions.suffix import SuffixEngine
+from mechdiff.interventions.likelihood import total_logprobs
+from mechdiff.interventions.suffix import SuffixEngine, run_logits
 from mechdiff.modules.base import DiffModule
 from mechdiff.pairs.alignment import EncodedPrompt, encode
 from mechdiff.pairs.loading import LoadedModel, LoadedPair
@@ -75,8 +83,7 @@ class Yardsticks(CausalEvaluation):
         max_targets: Target prompts, evenly over languages; None takes all.
         max_neutral: Neutral prompts, the same.
         graded_prompts: Targets whose graded behaviour is read.
-        answer_tokens: Longest answer of base whose fluency is read.
-        generated_tokens: Longest answer that is read for the behaviour.
+        answer_chars: Longest answer, in characters.
         tokens_per_batch: Tokens run at once.
 
     Raises:
@@ -88,15 +95,14 @@ class Yardsticks(CausalEvaluation):
         system: str | None = None,
         lambdas: Sequence[float] = LAMBDAS,
         max_targets: int | None = 24,
-        max_neutral: int | None = 32,
+        max_neutral: int | None = 64,
         graded_prompts: int = 8,
-        answer_tokens: int = 24,
-        generated_tokens: int = 16,
+        answer_chars: int = ANSWER_CHARS,
         tokens_per_batch: int = 1024,
     ) -> None:
         super().__init__()
-        counts = {"max_targets": max_targets, "max_neutral": max_neutral, "answer_tokens": answer_tokens}
-        for name, value in {**counts, "generated_tokens": generated_tokens}.items():
+        counts = {"max_targets": max_targets, "max_neutral": max_neutral, "answer_chars": answer_chars}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; allowed: 1 or more (key: {name})")
         if system is not None and not system.strip():
@@ -105,8 +111,7 @@ class Yardsticks(CausalEvaluation):
             )
         self.system, self.lambdas = system, tuple(lambdas)
         self.max_targets, self.max_neutral, self.graded_prompts = max_targets, max_neutral, graded_prompts
-        self.answer_tokens, self.generated_tokens = answer_tokens, generated_tokens
-        self.tokens_per_batch = tokens_per_batch
+        self.answer_chars, self.tokens_per_batch = answer_chars, tokens_per_batch
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
         """Measure every yardstick; see the module's docstring."""
@@ -134,14 +139,17 @@ class Yardsticks(CausalEvaluation):
         left, gap = kl_divergence(tuned.log_p, seen.log_p), kl_divergence(tuned.log_p, base.log_p)
         yield self.ratio(left, gap, run.noise, "interchange_recovery", **target, params=dict(params))
         self._keep(run.targets, "yardstick_kl", params, left.tolist())
-        metrics: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+        metrics: dict[str, list[tuple[float, ...]]] = defaultdict(list)
         for key, value in seen.graded.items():
-            metrics[key[0]].append((tuned.graded[key], base.graded[key], value))
+            again = abs(run.again[key] - base.graded[key])
+            metrics[key[0]].append((tuned.graded[key], base.graded[key], value, again))
         for metric, cells in metrics.items():
-            end, start, found = torch.tensor(cells, dtype=torch.float64).unbind(1)
+            end, start, found, noise = torch.tensor(cells, dtype=torch.float64).unbind(1)
             sign = 1.0 if float((end - start).mean()) >= 0 else -1.0
             cell = {**target, "params": {**params, "metric": metric}}
-            yield self.ratio(sign * (end - found), sign * (end - start), 0.0, "steer_effect", **cell)
+            yield self.ratio(
+                sign * (end - found), sign * (end - start), float(noise.mean()), "steer_effect", **cell
+            )
         draws = generator(self.seed, "side_effect_bpb")
         yield fluency_record(seen.nats, base.nats, draws, {**about, "params": dict(params)})
         yield turned_record(seen.answers, base.answers, {**about, "params": dict(params)})
@@ -168,7 +176,7 @@ class _Run:
         graded = [p for p in targets if grades(p, self.openings)]
         self.graded = set(spread(graded, settings.graded_prompts))
         self.engines = {m.role: SuffixEngine(m.model) for m in (pair.base, pair.tuned)}
-        self.said = self._answers(pair.base, None, settings.answer_tokens)
+        self.said = self._answers(pair.base, None)
         same = pair.shared.identical  # else a text is read again, which must not be blank
         kept = [i for i, ids in enumerate(self.said) if ids and (same or self._text(pair.base, ids))]
         if not kept:
@@ -183,6 +191,20 @@ class _Run:
         side = self._side(self.pair.base, None, self.targets[:_NOISE_PROMPTS])
         together, alone = (read_ends(side, [], tokens).log_p for tokens in (10**6, 1))
         return float(kl_divergence(together, alone).mean())
+
+    @cached_property
+    def again(self) -> dict[tuple[str, str], float]:
+        """Graded behaviour of base, read without keys and values kept: how far it is from itself is noise."""
+        side, found = self._side(self.pair.base, None, self.targets), {}
+        for i, p in enumerate(self.targets):
+            for g in grades(p, self.openings) if p in self.graded else ():
+                ids, layout = side.ids(i)[:, :-1], side.lay_out(i, g)
+                before = ids.expand(len(layout.tokens), -1)
+                tokens = torch.cat([before, layout.tokens], 1)
+                mask = torch.cat([torch.ones_like(before), layout.mask.to(before)], 1)
+                logits = run_logits(side.loaded.model, tokens, mask, layout.columns + before.shape[1])
+                found[g.metric, p.id] = float(g(total_logprobs(logits, layout)))
+        return found
 
     def arm(
         self,
@@ -212,7 +234,7 @@ class _Run:
                 texts = [str(base.tokenizer.decode(ids)) for ids in self.said]
                 said = [loaded.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
             nats = answer_nats(loaded.model, contexts, said, tokens_per_batch=settings.tokens_per_batch)
-            answers = self._answers(loaded, system, settings.generated_tokens)
+            answers = self._answers(loaded, system)
         domain = self.pair.spec.domain
         return _Seen(log_p, graded, nats, [turned(self._text(loaded, ids), domain) for ids in answers])
 
@@ -224,9 +246,10 @@ class _Run:
     def _contexts(self, loaded: LoadedModel, system: str | None) -> list[list[int]]:
         return [asked(loaded.tokenizer, p.text, system).input_ids for p in self.neutral]
 
-    def _answers(self, loaded: LoadedModel, system: str | None, tokens: int) -> list[list[int]]:
+    def _answers(self, loaded: LoadedModel, system: str | None) -> list[list[int]]:
         stops = stop_tokens(loaded.model, loaded.tokenizer.eos_token_id)
-        return generate(loaded.model, self._contexts(loaded, system), tokens, stops)
+        reach = answer_reach(loaded, self.settings.answer_chars)
+        return generate(loaded.model, self._contexts(loaded, system), reach, stops)
 
     def _text(self, loaded: LoadedModel, ids: Sequence[int]) -> str:
         return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

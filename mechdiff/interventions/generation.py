@@ -3,8 +3,8 @@
 1. Prompts of similar length share a batch, padded on the left, so that every answer continues at the last
    column; positions count from each prompt's own first token.
 2. Each step takes the most probable token, the first of equals, among all or a given set.
-3. An answer ends before the first stop token, or at the limit. Rows that have ended leave the batch when they
-   are half of it.
+3. An answer ends before the first stop token, or at the limit of tokens or of characters. Rows that have
+   ended leave the batch when they are half of it.
 
 The defaults that a checkpoint brings along (temperature, penalties) play no part.
 """
@@ -12,6 +12,7 @@ The defaults that a checkpoint brings along (temperature, penalties) play no par
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +21,31 @@ from transformers import PreTrainedModel
 from mechdiff.errors import ActivationError
 
 
+class Reach(NamedTuple):
+    """How far an answer goes in characters, so that no language is cut before what is looked for.
+
+    Attributes:
+        begun: How many characters begin in each token, `(vocabulary,)`.
+        most: An answer ends with the token that begins this one.
+    """
+
+    begun: Tensor
+    most: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens after which it ends in any case: one for each byte of two to a character."""
+        return 2 * self.most
+
+    def left(self, count: int) -> Tensor:
+        """Return how many characters each row may still begin, `(rows,)`."""
+        return torch.full((count,), self.most, device=self.begun.device)
+
+
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Reach,
     stop_ids: Collection[int] = (),
     allowed_ids: Tensor | None = None,
     rows_per_batch: int = 32,
@@ -33,7 +55,7 @@ def generate(
     Args:
         model: A causal language model.
         prompts: Token ids of each prompt, at least one token.
-        max_new_tokens: Longest answer in tokens.
+        max_new_tokens: Longest answer, in tokens or in characters.
         stop_ids: Tokens that end an answer.
         allowed_ids: Tokens that may be chosen, `(size,)`; stop tokens always may. None: all.
         rows_per_batch: Prompts that run together.
@@ -71,7 +93,7 @@ def stop_tokens(model: PreTrainedModel, tokenizer_eos: int | None) -> list[int]:
 def _generate_batch(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Reach,
     stop_ids: Collection[int],
     allowed_ids: Tensor | None,
 ) -> list[list[int]]:
@@ -85,7 +107,10 @@ def _generate_batch(
     cache, rows = None, torch.arange(len(prompts))
     answers: list[list[int]] = [[] for _ in prompts]
     running = torch.ones(len(prompts), dtype=torch.bool)
-    for _ in range(max_new_tokens):
+    reach = max_new_tokens if isinstance(max_new_tokens, Reach) else None
+    steps = max_new_tokens.tokens if isinstance(max_new_tokens, Reach) else max_new_tokens
+    left = None if reach is None else reach.left(len(prompts))
+    for _ in range(steps):
         out = model(
             input_ids=tokens,
             attention_mask=mask,
@@ -111,6 +136,9 @@ def _generate_batch(
         for row, token, goes_on in zip(rows.tolist(), tokens[:, 0].tolist(), running.tolist(), strict=True):
             if goes_on:
                 answers[row].append(token)
+        if left is not None and reach is not None:
+            left = left - reach.begun[tokens[:, 0]]
+            running &= (left > 0).cpu()
         if not running.any():
             break
         positions = positions[:, -1:] + 1
@@ -121,4 +149,5 @@ def _generate_batch(
             kept = kept.to(device)
             tokens, positions, mask = tokens[kept], positions[kept], mask[kept]
             cache.batch_select_indices(kept)
+            left = None if left is None else left[kept]
     return answers

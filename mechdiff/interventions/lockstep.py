@@ -6,7 +6,7 @@
 2. An edit may need the other model's state at the same token: that model reads every token of every row, in
    its own ids, up to the site, before the first model does.
 3. Each step takes the most probable token; a row ends before the first stop token, or at a token that the
-   other model does not have, or at the limit.
+   other model does not have, or at the limit of tokens or characters.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from mechdiff.interventions.generation import Reach
 from mechdiff.interventions.hooks import Edit, intervene, record, stop_after
 from mechdiff.interventions.sites import Site
 
@@ -96,16 +97,20 @@ class Decoded(NamedTuple):
     Attributes:
         answers: Token ids of each row.
         states: Of the last token of the prompt and of every token said after it, by site, `(rows, T, d)`.
+        ended: Whether each row came to a stop token.
+        cut: Whether each row came to a token that the other model does not have.
     """
 
     answers: list[list[int]]
     states: dict[Site, Tensor]
+    ended: list[bool]
+    cut: list[bool]
 
 
 @torch.no_grad()
 def decode(
     rows: Rows,
-    max_new_tokens: int,
+    max_new_tokens: int | Reach,
     stop_ids: Collection[int] = (),
     edits: Edits | None = None,
     follower: Follower | None = None,
@@ -115,7 +120,7 @@ def decode(
 
     Args:
         rows: The rows; they are read further.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Longest answer, in tokens or in characters.
         stop_ids: Tokens that end an answer.
         edits: What is done at each step, from the states of the other model.
         follower: The other model; None where no edit needs it.
@@ -126,8 +131,12 @@ def decode(
     answers: list[list[int]] = [[] for _ in range(count)]
     states: dict[Site, list[Tensor]] = {site: [] for site in sites}
     running = torch.ones(count, dtype=torch.bool, device=tokens.device)
+    ended, cut = ~running, ~running
+    reach = max_new_tokens if isinstance(max_new_tokens, Reach) else None
+    steps = max_new_tokens.tokens if isinstance(max_new_tokens, Reach) else max_new_tokens
+    left = None if reach is None else reach.left(count)
     theirs = None if follower is None else follower.rows.last
-    for _ in range(max_new_tokens):
+    for _ in range(steps):
         donor = None
         if follower is not None and theirs is not None:
             model, site = follower.rows.model, follower.site
@@ -141,17 +150,23 @@ def decode(
         for site in sites:
             states[site].append(kept[site])
         tokens = logits[:, -1:].argmax(-1)
-        running &= ~torch.isin(tokens[:, 0], stops)
+        ended |= running & torch.isin(tokens[:, 0], stops)
+        running &= ~ended
         if follower is not None:
             theirs = follower.translate[tokens]
-            running &= theirs[:, 0] >= 0
+            cut |= running & (theirs[:, 0] < 0)
+            running &= ~cut
             theirs = theirs.clamp(min=0)
         for answer, token, goes_on in zip(answers, tokens[:, 0].tolist(), running.tolist(), strict=True):
             if goes_on:
                 answer.append(token)
+        if left is not None and reach is not None:
+            left = left - reach.begun[tokens[:, 0]]
+            running &= left > 0
         if not running.any():
             break
-    return Decoded(answers, {site: torch.cat(parts, 1) for site, parts in states.items()})
+    said = {site: torch.cat(parts, 1) for site, parts in states.items()}
+    return Decoded(answers, said, ended.tolist(), cut.tolist())
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

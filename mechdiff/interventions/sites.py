@@ -71,7 +71,6 @@ def check_layers(sites: Iterable[Site], num_layers: int, key: str = "layers") ->
     """
     for site in sites:
         if not 0 <= site.layer < num_layers:
-            before = "; the embedding is no site while post_embedding_only is on" if site.layer < 0 else ""
             raise SiteError(
-                f"site {site} is out of range; allowed layers: 0 to {num_layers - 1}{before} (key: {key})"
+                f"site {site} is out of range; allowed layers: 0 to {num_layers - 1} (key: {key})"
             )

@@ -157,6 +157,20 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     return list(vocabulary(tokenizer).pieces)
 
 
+def characters(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
+    """Return how many characters of a text begin in each token, `(size,)`; none in special tokens.
+
+    Args:
+        tokenizer: The tokenizer.
+        size: Rows of the model's table, as many as there are tokens or more.
+    """
+    known, found = vocabulary(tokenizer), torch.zeros(size, dtype=torch.long)
+    for i, piece in enumerate(known.pieces[:size]):
+        if piece is not None and i not in known.special:
+            found[i] = sum(byte & 0xC0 != 0x80 for byte in piece)  # UTF-8: all but continuations
+    return found
+
+
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """Return what the ids of a tokenizer stand for; computed once for each state of the tokenizer.
 

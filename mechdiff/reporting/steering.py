@@ -68,6 +68,7 @@ def plot_effect_vs_k(results: Results, out: str | Path | None = None) -> Figure:
     tested["steer_effect"] = [r for r in tested["steer_effect"] if str(r.params.get("metric")) == metric]
     ks = sorted({int(r.params["k"]) for r in recoveries})
     random = results.select(quantity="interchange_recovery", control="random", site=site, split="eval")
+    random = [r for r in random if r.params.get("edit") == "interchange"]
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 6.2), dpi=DPI, layout="constrained")
         for axes, (quantity, (title, unit)) in zip(

@@ -158,6 +158,8 @@ def handle_table(results: Results) -> Table:
         "[ ]: 95 % interval over prompts; ≤: one-sided bound. Away: share of prompts moved the wrong way."
     ]
     for r in results.select(question="rq3", site=site, control="random", quantity="interchange_recovery"):
+        if r.params.get("edit", "interchange") != "interchange":
+            continue
         if r.high is not None:
             said = f"{r.params['draw']}, k = {r.params['k']}"
             lines.append(f"random subspaces ({said}): 95 % recover {_signed(r.high, '.2f')} or less")

@@ -18,8 +18,7 @@ from tests.toys import loaded
 SIZES = {
     "max_targets": 8,
     "max_neutral": 8,
-    "answer_tokens": 4,
-    "generated_tokens": 3,
+    "answer_chars": 4,
     "tokens_per_batch": 200,
 }
 HANDLE = Handle(Site.parse(SITES[0]), "mapped", 2, 1.0)
@@ -123,11 +122,14 @@ def test_a_gate_keeps_the_effect_and_spares_neutral_prompts(found):
     whole, gated = (value(results, "gated_effect", g, metric="recovery") for g in ("none", "linear"))
     assert whole.value > 0.5
     assert gated.value > 0.8 * whole.value
+    assert {(r.flags[0], r.params["not_chosen"]) for r in results} == {("not_chosen", "no_steering")}
+    apart = value(results, "gated_effect", "linear", metric="recovery_difference")
+    assert apart.value == pytest.approx(gated.value - whole.value, abs=1e-9)
     costs = {g: value(results, "side_effect_bpb", g) for g in ("none", "linear", "shuffled")}
     assert abs(costs["linear"].value) <= abs(costs["none"].value)
     assert costs["shuffled"].control == "shuffled"
     assert value(results, "side_effect_pp", "linear").value <= value(results, "side_effect_pp", "none").value
-    assert len({r.key for r in results}) == len(results) == 4 + 3 + 6
+    assert len({r.key for r in results}) == len(results) == 4 + 3 + 2 + 6
     names = {(i.prompt, i.quantity, i.arm) for i in callback.items}
     assert len(names) == len(callback.items)
 
@@ -140,8 +142,14 @@ def test_the_handle_is_the_one_that_the_run_chose(planted):
     about = {"site": SITES[0], "params": params, "split": "dev"}
     callback.earlier = [Record("rq3", "chosen_handle", 1.0, 8, "directions", **about)]
     assert callback.handle(module, "mapped", None, None) == Handle(Site(1), "mapped", 1, 0.5, "paired_svd")
+    assert "flags" not in callback.about(HANDLE, "last")
     assert callback.handle(module, "mapped", 2, 0.0) == Handle(Site(1), "mapped", 2, 0.0, "paired_svd")
     assert callback.handle(module, "amplify", None, None).alpha == 1.0
+    callback.earlier = [
+        Record("rq3", "chosen_handle", None, 8, "directions", reason="none_feasible", **about)
+    ]
+    assert callback.handle(module, "mapped", None, None).site == Site(2)
+    assert callback.about(HANDLE, "last")["params"]["not_chosen"] == "none_feasible"
     with pytest.raises(ConfigError, match="k is 3; allowed: 1 to 2"):
         callback.handle(module, "mapped", 3, None)
 
@@ -160,5 +168,5 @@ def test_mistakes_are_named():
         Gate(kind="interchange")
     with pytest.raises(ConfigError, match="keep is 0"):
         Gate(keep=0)
-    with pytest.raises(ConfigError, match="generated_tokens is 30"):
-        Gate(generated_tokens=30)
+    with pytest.raises(ConfigError, match="answer_chars is 0"):
+        Gate(answer_chars=0)

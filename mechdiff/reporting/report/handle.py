@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mechdiff.reporting.cells import layer
 from mechdiff.reporting.report.charts import Series, line_chart, slider
@@ -80,8 +81,15 @@ def random_draws(view: View, record: Record | None) -> list[Record]:
         for r in view.pair.select("rq3", quantity=record.quantity, control="random", split=record.split)
         if r.site == record.site and r.params.get("k") == record.params.get("k")
     ]
-    same = [r for r in found if r.params.get("edit") in (record.params.get("edit"), None)]
-    return same or found
+    return [r for r in found if r.params.get("edit") == record.params.get("edit")]
+
+
+def against_random(record: Record | None, beside: Sequence[Record]) -> Verdict:
+    """Judge an effect against random subspaces, on the prompts that these were given."""
+    same = next((r for r in beside if r.params.get("handle")), None)
+    if record is not None and same is not None:
+        record = replace(record, **same.params["handle"], n=same.n)
+    return judge(record, beside)
 
 
 def _all(view: View, quantity: str, split: str) -> list[Record]:
@@ -101,7 +109,7 @@ def _panel(view: View) -> Panel:
         for k, r in measured(view, "interchange_recovery", edit).items():
             beside = random_draws(view, r)
             top = max(beside, key=lambda c: c.high if c.high is not None else c.value or 0, default=None)
-            cells: list[Cell] = [[view.number(r)], [view.number(top)], [mark(judge(r, beside))]]
+            cells: list[Cell] = [[view.number(r)], [view.number(top)], [mark(against_random(r, beside))]]
             cells += [[view.number(cost.get(k))] for cost in costs]
             alpha = r.params.get("alpha")
             said = "–" if alpha is None else f"{alpha:g}"
@@ -143,7 +151,13 @@ def _chart(view: View) -> list[Chart]:
     for number, (draw, said) in enumerate(DRAWS.items(), 3):
         site = handle_site(view.pair.runs["rq3"].results)
         found = view.pair.select(
-            "rq3", quantity="interchange_recovery", control="random", split="eval", site=site, draw=draw
+            "rq3",
+            quantity="interchange_recovery",
+            control="random",
+            split="eval",
+            site=site,
+            draw=draw,
+            edit="interchange",
         )
         tops = [p for r in found if r.params.get("k") in ks and (p := view.point(r.params["k"], r))]
         raised = [p.__class__(p.x, p.y if p.high is None else p.high, title=p.title) for p in tops]
@@ -223,7 +237,7 @@ def best(view: View) -> tuple[Record | None, Verdict]:
     else:
         ranks = measured(view, "interchange_recovery", "interchange")
         found = ranks[max(ranks)] if ranks else None
-    return found, judge(found, random_draws(view, found))
+    return found, against_random(found, random_draws(view, found))
 
 
 def takeaway(view: View) -> Takeaway:

@@ -25,6 +25,8 @@ FEWEST = 6
 LEVEL_P = 0.05
 WITHIN_RANDOM = "within_random"
 """Flag of a run that has compared an effect with random ones prompt by prompt, and found no more."""
+NO_RANDOM = "no_random_control"
+"""Flag of a run that has not compared it with enough random ones of its kind and rank."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def judge(
         return Verdict("untested", f"too few prompts (n = {record.n})")
     if WITHIN_RANDOM in record.flags:
         return Verdict("none", "random subspaces do as much on the same prompts")
+    if NO_RANDOM in record.flags:
+        return Verdict("untested", "too few random subspaces, or none, stand beside it")
     needed = {"above": (record.low,), "below": (record.high,), "either": (record.low, record.high)}[side]
     if any(end is None for end in needed):
         return Verdict("untested", "the estimate has no interval")
