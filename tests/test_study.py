@@ -328,6 +328,7 @@ def write_patches(folder: Path, prompts: range) -> None:
         positions="last",
         direction="into_tuned",
         control="none",
+        prompts="all",
     )
     rows = []
     for i in prompts:

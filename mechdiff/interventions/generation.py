@@ -3,8 +3,8 @@
 1. Prompts of similar length share a batch, padded on the left, so that every answer continues at the last
    column; positions count from each prompt's own first token.
 2. Each step takes the most probable token, the first of equals, among all or a given set.
-3. An answer ends before the first stop token, or at the limit of tokens or of characters. Rows that have
-   ended leave the batch when they are half of it.
+3. An answer ends before the first stop token, or at the limit of tokens, of characters or of the model's
+   context. Rows that have ended leave the batch when they are half of it.
 
 The defaults that a checkpoint brings along (temperature, penalties) play no part.
 """
@@ -40,6 +40,12 @@ class Reach(NamedTuple):
     def left(self, count: int) -> Tensor:
         """Return how many characters each row may still begin, `(rows,)`."""
         return torch.full((count,), self.most, device=self.begun.device)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Return the most tokens that a model takes; without a limit a number larger than any text."""
+    config = model.config.get_text_config(decoder=True)
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
 def generate(
@@ -97,7 +103,7 @@ def _generate_batch(
     stop_ids: Collection[int],
     allowed_ids: Tensor | None,
 ) -> list[list[int]]:
-    device, width = model.device, max(map(len, prompts))
+    device, width, context = model.device, max(map(len, prompts)), context_length(model)
     assert min(map(len, prompts)) > 0, "a prompt has no token"
     tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -139,9 +145,11 @@ def _generate_batch(
         if left is not None and reach is not None:
             left = left - reach.begun[tokens[:, 0]]
             running &= (left > 0).cpu()
+        positions = positions[:, -1:] + 1
+        running &= (positions[:, 0] < context).cpu()
         if not running.any():
             break
-        positions = positions[:, -1:] + 1
+        positions = positions.clamp(max=context - 1)  # of rows that have ended
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         if 2 * int(running.sum()) <= len(running):
             kept = running.nonzero()[:, 0]

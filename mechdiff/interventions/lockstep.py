@@ -6,7 +6,7 @@
 2. An edit may need the other model's state at the same token: that model reads every token of every row, in
    its own ids, up to the site, before the first model does.
 3. Each step takes the most probable token; a row ends before the first stop token, or at a token that the
-   other model does not have, or at the limit of tokens or characters.
+   other model does not have, or at the limit of tokens, of characters or of a model's context.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from mechdiff.interventions.generation import Reach
+from mechdiff.interventions.generation import Reach, context_length
 from mechdiff.interventions.hooks import Edit, intervene, record, stop_after
 from mechdiff.interventions.sites import Site
 
@@ -44,13 +45,13 @@ class Rows:
         last: The last token of each prompt.
     """
 
-    def __init__(self, model: nn.Module, prefixes: Sequence[DynamicCache], last: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, prefixes: Sequence[DynamicCache], last: Sequence[int]) -> None:
         self.model = model
         device = next(model.parameters()).device
         self.last = torch.tensor(last, device=device)[:, None]
         size = torch.tensor([cache.get_seq_length() for cache in prefixes], device=device)
         width = int(size.max())
-        self._read = size
+        self._read, self._context = size, context_length(model)
         self._mask = (torch.arange(width, device=device) >= width - size[:, None]).long()
         self._cache = copy.copy(prefixes[0])
         self._cache.layers = []
@@ -61,14 +62,20 @@ class Rows:
             )
             self._cache.layers.append(layer)
 
+    @property
+    def full(self) -> Tensor:
+        """Which rows fill the model's context, `(rows,)`; what they read further means nothing."""
+        return self._read >= self._context
+
     def step(self, tokens: Tensor) -> Tensor | None:
         """Read tokens `(rows, T)`; return logits `(rows, T, vocabulary)`, or None if the pass was stopped."""
         rows, length = tokens.shape
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, length)], 1)
+        positions = self._read[:, None] + torch.arange(length, device=tokens.device)
         out = self.model(
             input_ids=tokens,
             attention_mask=None if bool(self._mask.all()) else self._mask,
-            position_ids=self._read[:, None] + torch.arange(length, device=tokens.device),
+            position_ids=positions.clamp(max=self._context - 1),
             past_key_values=self._cache,
             use_cache=True,
         )
@@ -163,6 +170,8 @@ def decode(
         if left is not None and reach is not None:
             left = left - reach.begun[tokens[:, 0]]
             running &= left > 0
+        for read in (rows, follower.rows) if follower is not None else (rows,):
+            running &= ~read.full
         if not running.any():
             break
     said = {site: torch.cat(parts, 1) for site, parts in states.items()}

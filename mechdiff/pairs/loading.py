@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from mechdiff.errors import PairError
+from mechdiff.interventions.generation import context_length
 from mechdiff.interventions.hooks import get_blocks, record
 from mechdiff.interventions.sites import Site
 from mechdiff.pairs.placement import placement
@@ -63,8 +64,7 @@ class LoadedModel:
     @property
     def context_length(self) -> int:
         """Most tokens that the model takes; without a limit a number larger than any text."""
-        config = self.model.config.get_text_config(decoder=True)
-        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+        return context_length(self.model)
 
 
 class LoadedPair:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechdiff.data.manifest import Contents, StoreIdentity, write_json
+from mechdiff.data.manifest import SCHEMA, Contents, StoreIdentity, write_json
 from mechdiff.data.store import POSITIONS, ActivationStore, decode, encode
 from mechdiff.errors import StoreError
 from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
@@ -163,8 +163,11 @@ BROKEN = {
     "path out of the folder": (escape, r"\.\./\.\./shard-00000.h5 is not a shard"),
     "no pass": (lambda f: [shutil.rmtree(p) for p in f.glob("pass-*")], r"holds no complete pass"),
     "not JSON": (lambda f: (f / "manifest.json").write_text("{"), r"manifest.json is not JSON"),
-    "not an object": (lambda f: (f / "manifest.json").write_text("[]"), r"manifest.json is not of schema 1"),
-    "newer": (lambda f: edit(f / "manifest.json", schema=2), r"manifest.json is not of schema 1"),
+    "not an object": (
+        lambda f: (f / "manifest.json").write_text("[]"),
+        f"manifest.json is not of schema {SCHEMA}",
+    ),
+    "newer": (lambda f: edit(f / "manifest.json", schema=SCHEMA + 1), f"is not of schema {SCHEMA}"),
     "no identity": (lambda f: edit(f / "manifest.json", identity={}), r"is not the manifest of a store"),
     "odd examples": (
         lambda f: edit(f / "manifest.json", examples=[{"id": 1}]),
