@@ -230,6 +230,9 @@ def _effects(axes: Axes, effects: Sequence[Record], groups: Sequence[str]) -> No
         elif r.value is not None:
             beside.append((name, str(r.positions), r))
     grouped(axes, cells, groups, COLOURS)
+    if len(cells) > 6:  # their n is in the caption
+        names = [name.removeprefix("layer ") for name in cells]
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
     style: dict[str, Any] = {"linestyle": "none", "markersize": 4, "mfc": "white", "mec": "black"}
     for name, group, r in beside:
         place = _place(list(cells).index(name), groups.index(group), groups)
