@@ -8,7 +8,7 @@ from typing import Any
 from mechdiff.functional.selection import PROPOSED, agree, largest, onset
 from mechdiff.interventions.sites import Site
 from mechdiff.modules.base import missing
-from mechdiff.results import Record
+from mechdiff.results import DISAGREE, Record
 
 CURVES = ("patch_recovery", "patch_increment")
 
@@ -41,21 +41,26 @@ def entry(curve: Sequence[Record], floor: float, about: Mapping[str, Any]) -> Re
     return Record(quantity="patch_onset", value=site.layer, site=str(site), **about)
 
 
-def chosen(found: Sequence[Record], ranking: Mapping[str, float]) -> Iterator[Record]:
+def chosen(found: Sequence[Record], ranking: Mapping[str, float], floor: float) -> Iterator[Record]:
     """Yield the layers with the most recovery, and those where most of it enters.
 
-    They are flagged if divergence ranks the layers otherwise, and if they saw what is reported on.
+    They are flagged if divergence ranks the layers otherwise or proposes one at which a patch does nothing,
+    and if they saw what is reported on.
 
     Args:
         found: Records of one direction, with its curves at the last position.
         ranking: How much the models differ at each site, where that is known.
+        floor: Recovery that counts as an effect, a fraction.
     """
     curves = {by: [r for r in found if is_curve(r, "last", by) and r.value is not None] for by in CURVES}
     flags: tuple[str, ...] = ()
     recovered = curves["patch_recovery"]
     if len(recovered) > 1 and all(r.site in ranking for r in recovered):
-        same = agree([ranking[str(r.site)] for r in recovered], [r.value or 0.0 for r in recovered])
-        flags = () if same else ("rankings_disagree",)
+        apart = [ranking[str(r.site)] for r in recovered]
+        same = agree(apart, [r.value or 0.0 for r in recovered])
+        lows = [recovered[i].low for i in largest(apart, PROPOSED)]
+        causal = all(low is not None and low > floor for low in lows)
+        flags = () if same and causal else (DISAGREE,)
     for by, curve in curves.items():
         for rank, index in enumerate(largest([r.value or 0.0 for r in curve], PROPOSED), 1):
             r = curve[index]

@@ -125,7 +125,7 @@ class LayerPatch(CausalEvaluation):
             found += self._along(patcher, measured, found)
             yield from found
             if recipient == "tuned":
-                yield from chosen(found, ranking)
+                yield from chosen(found, ranking, self.floor)
         if "reference" in sides:
             yield from similarities(prompts, sides, range(len(prompts)), sites)
             for recipient in ("tuned", "base"):

@@ -193,7 +193,15 @@ def test_layers_are_chosen_on_dev_and_reported_on_eval(base):
     assert {i.prompt for i in callback.items if i.prompt in {p.id for p in held}} == {p.id for p in held}
 
 
-@pytest.mark.parametrize("known", [{}, {"resid_post.0": 0.9, "resid_post.1": 0.5}])
+@pytest.mark.parametrize(
+    "known",
+    [
+        {},
+        {"resid_post.0": 0.9, "resid_post.1": 0.5},
+        # much the same order, but one of the two that differ most lies below the change
+        {"resid_post.0": 0.1, "resid_post.1": 0.8, "resid_post.2": 0.7, "resid_post.3": 0.9},
+    ],
+)
 def test_a_ranking_that_recovery_does_not_share_is_flagged(base, known):
     tuned, _ = plant_weights(base, ["block.2"], 1.0)
 
