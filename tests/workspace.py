@@ -31,7 +31,7 @@ def save_model(
     fast = tokenizer(size, PLAIN)
     settings = tiny_config(arch, layers)
     settings.vocab_size = len(fast) + (arch == "qwen2")  # whose tokenizer class adds a token of its own
-    setattr(settings, "n_positions" if arch == "gpt2" else "max_position_embeddings", 256)
+    setattr(settings, "n_positions" if arch == "gpt2" else "max_position_embeddings", 512)
     for name, value in config.items():
         setattr(settings, name, value)
     with torch.random.fork_rng():
