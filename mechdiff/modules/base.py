@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from mechdiff.errors import FewPromptsError, FitError
+from mechdiff.errors import CheckpointError, FewPromptsError, FitError
 from mechdiff.functional.cka import cka_jackknife
 from mechdiff.functional.stats import Groups, Interval
-from mechdiff.interventions.sites import Site
+from mechdiff.interventions.sites import POSITIONS, Site
 from mechdiff.results import Question, Record
 
 if TYPE_CHECKING:
@@ -156,3 +156,27 @@ def missing(quantity: str, reason: str, about: Mapping[str, Any]) -> Record:
         about: The other attributes of the record.
     """
     return Record(quantity=quantity, value=None, reason=reason, **about)
+
+
+def refuse_other_fit(module: Any, checkpoint: dict[str, Any], other: str) -> None:
+    """Refuse a checkpoint whose buffers have other shapes, or that was fitted in another way.
+
+    Args:
+        module: What it is loaded into; its ``settings()`` are those that must be shared.
+        checkpoint: What was saved.
+        other: What to say of other shapes.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    state, own = checkpoint["state_dict"], module.state_dict()
+    if {name: part.shape for name, part in state.items()} != {n: part.shape for n, part in own.items()}:
+        raise CheckpointError(f"the checkpoint holds {other} differ (key: ckpt_path)")
+    saved = dict(checkpoint.get("hyper_parameters", {}))
+    saved["source_sites"] = saved.get("source_sites") or saved.get("sites")
+    saved["positions"] = [name for name in POSITIONS if name in saved.get("positions", ())]
+    for name, want in module.settings().items():
+        have = list(saved[name]) if isinstance(saved.get(name), tuple) else saved.get(name)
+        if name in saved and have != want:
+            fitted = f"the checkpoint was fitted with {name} {have}, not {want}"
+            raise CheckpointError(f"{fitted}; give one of this configuration (key: ckpt_path)")

@@ -23,7 +23,7 @@ from mechdiff.functional.clt import AffineMap, Shrink, map_states
 from mechdiff.functional.moments import Moments, check_equal_widths
 from mechdiff.functional.r2 import map_sse
 from mechdiff.interventions.sites import POSITIONS, Site
-from mechdiff.modules.base import UNTOUCHED, DiffModule
+from mechdiff.modules.base import UNTOUCHED, DiffModule, refuse_other_fit
 from mechdiff.modules.clt_report import Case, report
 from mechdiff.results import Record
 
@@ -292,19 +292,7 @@ class AffineMaps(DiffModule):
         Raises:
             CheckpointError: If they are.
         """
-        state, own = checkpoint["state_dict"], self.state_dict()
-        if {name: part.shape for name, part in state.items()} != {n: part.shape for n, part in own.items()}:
-            raise CheckpointError(
-                "the checkpoint holds other maps: class, sites, positions or widths differ (key: ckpt_path)"
-            )
-        saved = dict(checkpoint.get("hyper_parameters", {}))
-        saved["source_sites"] = saved.get("source_sites") or saved.get("sites")
-        saved["positions"] = [name for name in POSITIONS if name in saved.get("positions", ())]
-        for name, want in self.settings().items():
-            have = list(saved[name]) if isinstance(saved.get(name), tuple) else saved.get(name)
-            if name in saved and have != want:
-                fitted = f"the checkpoint was fitted with {name} {have}, not {want}"
-                raise CheckpointError(f"{fitted}; give one of this configuration (key: ckpt_path)")
+        refuse_other_fit(self, checkpoint, "other maps: class, sites, positions or widths")
 
     def on_test_start(self) -> None:
         """Refuse to test what was never fitted.

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from mechdiff.errors import CheckpointError, FitError
+from mechdiff.errors import FitError
 from mechdiff.functional.clt import AffineMap
 from mechdiff.functional.edits import Known, change, check_edit
 from mechdiff.functional.moments import check_equal_widths
 from mechdiff.interventions.sites import POSITIONS, Site
-from mechdiff.modules.base import UNTOUCHED, DiffModule
+from mechdiff.modules.base import UNTOUCHED, DiffModule, refuse_other_fit
 from mechdiff.modules.steering_fit import FACTOR, Contrast, Handles, Recipe, Subspace
 
 if TYPE_CHECKING:
@@ -192,20 +192,7 @@ class Subspaces(DiffModule):
         Raises:
             CheckpointError: If they are.
         """
-        state, own = checkpoint["state_dict"], self.state_dict()
-        if {name: part.shape for name, part in state.items()} != {n: part.shape for n, part in own.items()}:
-            raise CheckpointError(
-                "the checkpoint holds other subspaces: class, solvers, k, sites or widths differ "
-                "(key: ckpt_path)"
-            )
-        saved = dict(checkpoint.get("hyper_parameters", {}))
-        saved["source_sites"] = saved.get("source_sites") or saved.get("sites")
-        saved["positions"] = [name for name in POSITIONS if name in saved.get("positions", ())]
-        for name, want in self.settings().items():
-            have = list(saved[name]) if isinstance(saved.get(name), tuple) else saved.get(name)
-            if name in saved and have != want:
-                fitted = f"the checkpoint was fitted with {name} {have}, not {want}"
-                raise CheckpointError(f"{fitted}; give one of this configuration (key: ckpt_path)")
+        refuse_other_fit(self, checkpoint, "other subspaces: class, solvers, k, sites or widths")
 
     # --- edits ---------------------------------------------------------------------------------------------
 
