@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
 from mechdiff.callbacks.graded import grades, read_openings
+from mechdiff.callbacks.grafts import shared_rows
 from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.side_effects import (
     ANSWER_CHARS,
@@ -41,7 +42,7 @@ from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import generator
 from mechdiff.interventions.generation import generate, stop_tokens
-from mechdiff.interventions.grafts import Rows, check_same_architecture, interpolate
+from mechdiff.interventions.grafts import check_same_architecture, interpolate
 from mechdiff.interventions.likelihood import total_logprobs
 from mechdiff.interventions.suffix import SuffixEngine, run_logits
 from mechdiff.modules.base import DiffModule
@@ -124,7 +125,7 @@ class Yardsticks(CausalEvaluation):
         yield from self._records(run, base, tuned, run.arm(pair.base, system), {"edit": "system_prompt"})
         if not self.lambdas:
             return
-        rows = _shared_rows(pair)
+        rows = shared_rows(pair)
         check_same_architecture(pair.tuned.model, pair.base.model, rows)
         for lambda_ in self.lambdas:
             between = interpolate(pair.base.model, pair.tuned.model, lambda_, rows)
@@ -269,10 +270,3 @@ def asked(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None) -> 
         if system is None:
             raise
         return encode(tokenizer, f"{system}\n\n{text}")
-
-
-def _shared_rows(pair: LoadedPair) -> Rows | None:
-    """Return shared ids in base and tuned, or None where the two tables have the same rows."""
-    sizes = [m.model.get_input_embeddings().weight.shape for m in (pair.base, pair.tuned)]
-    same = pair.shared.identical and sizes[0] == sizes[1]
-    return None if same else (pair.shared.base_ids, pair.shared.tuned_ids)
