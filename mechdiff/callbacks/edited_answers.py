@@ -83,11 +83,13 @@ class _Edits:
     def __init__(self, module: DiffModule, cells: Sequence[Handle]) -> None:
         self.module, self.cells = module, cells
 
-    def __call__(self, donor: Tensor | None) -> Mapping[Site, Edit]:
+    def __call__(self, donor: Tensor | None, numbers: Sequence[int]) -> Mapping[Site, Edit]:
+        cells = [self.cells[i] for i in numbers]
+
         def edit(activation: Tensor, _positions: Tensor) -> Tensor:
             changed = activation.clone()
-            for cell in dict.fromkeys(self.cells):
-                rows = torch.tensor([c == cell for c in self.cells], device=activation.device)
+            for cell in dict.fromkeys(cells):
+                rows = torch.tensor([c == cell for c in cells], device=activation.device)
                 theirs = None if donor is None else donor[rows].to(activation)
                 changed[rows] = cell.change(self.module, activation[rows], theirs)
             return changed

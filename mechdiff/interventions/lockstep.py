@@ -6,7 +6,8 @@
 2. An edit may need the other model's state at the same token: that model reads every token of every row, in
    its own ids, up to the site, before the first model does.
 3. Each step takes the most probable token; a row ends before the first stop token, or at a token that the
-   other model does not have, or at the limit of tokens, of characters or of a model's context.
+   other model does not have, or at the limit of tokens, of characters or of a model's context. Rows that have
+   ended leave the batch when they are half of it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from mechdiff.interventions.generation import Reach, context_length
 from mechdiff.interventions.hooks import Edit, intervene, record, stop_after
 from mechdiff.interventions.sites import Site
 
-Edits = Callable[[Tensor | None], Mapping[Site, Edit]]
-"""From the other model's states `(rows, 1, d)` to edits of a batch of single tokens."""
+Edits = Callable[[Tensor | None, Sequence[int]], Mapping[Site, Edit]]
+"""From the other model's states `(rows, 1, d)`, and which rows these are, to edits of single tokens."""
 
 
 def padded_together(prefixes: Sequence[DynamicCache]) -> bool:
@@ -81,6 +82,15 @@ class Rows:
         )
         self._read = self._read + length
         return None if out is None else out.logits
+
+    def keep(self, kept: Tensor) -> None:
+        """Read only some of the rows further.
+
+        Args:
+            kept: Their numbers, `(fewer rows,)`.
+        """
+        self._cache.batch_select_indices(kept)
+        self._mask, self._read = self._mask[kept], self._read[kept]
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,7 @@ def decode(
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=tokens.device)
     answers: list[list[int]] = [[] for _ in range(count)]
     states: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    at = torch.arange(count, device=tokens.device)  # the rows that are still read
     running = torch.ones(count, dtype=torch.bool, device=tokens.device)
     ended, cut = ~running, ~running
     reach = max_new_tokens if isinstance(max_new_tokens, Reach) else None
@@ -150,23 +161,26 @@ def decode(
             with record(model, [site]) as seen, stop_after(model, site.layer):
                 follower.rows.step(theirs)
             donor = seen[site]
-        acting = nullcontext() if edits is None else intervene(rows.model, edits(donor))
+        acting = nullcontext() if edits is None else intervene(rows.model, edits(donor, at.tolist()))
         with acting, record(rows.model, sites) as kept:
             logits = rows.step(tokens)
         assert logits is not None
         for site in sites:
-            states[site].append(kept[site])
+            whole = kept[site].new_zeros(count, *kept[site].shape[1:])
+            states[site].append(whole.index_copy(0, at, kept[site]))
         tokens = logits[:, -1:].argmax(-1)
-        ended |= running & torch.isin(tokens[:, 0], stops)
-        running &= ~ended
+        ends = running & torch.isin(tokens[:, 0], stops)
+        ended[at] |= ends
+        running &= ~ends
         if follower is not None:
             theirs = follower.translate[tokens]
-            cut |= running & (theirs[:, 0] < 0)
-            running &= ~cut
+            unknown = running & (theirs[:, 0] < 0)
+            cut[at] |= unknown
+            running &= ~unknown
             theirs = theirs.clamp(min=0)
-        for answer, token, goes_on in zip(answers, tokens[:, 0].tolist(), running.tolist(), strict=True):
+        for row, token, goes_on in zip(at.tolist(), tokens[:, 0].tolist(), running.tolist(), strict=True):
             if goes_on:
-                answer.append(token)
+                answers[row].append(token)
         if left is not None and reach is not None:
             left = left - reach.begun[tokens[:, 0]]
             running &= left > 0
@@ -174,6 +188,14 @@ def decode(
             running &= ~read.full
         if not running.any():
             break
+        if 2 * int(running.sum()) <= len(running):
+            some = running.nonzero()[:, 0]
+            at, tokens, running = at[some], tokens[some], running[some]
+            left = None if left is None else left[some]
+            rows.keep(some)
+            if follower is not None and theirs is not None:
+                theirs = theirs[some]
+                follower.rows.keep(some)
     said = {site: torch.cat(parts, 1) for site, parts in states.items()}
     return Decoded(answers, said, ended.tolist(), cut.tolist())
 

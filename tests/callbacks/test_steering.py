@@ -278,6 +278,30 @@ def test_rows_decoded_together_are_rows_decoded_alone(arch):
     assert said.answers == generate(model, [texts[i] for i in rows], 6)
 
 
+def test_rows_that_end_leave_the_batch_and_change_no_other_row():
+    model = tiny_model("llama")
+    engine = SuffixEngine(model)
+    texts = [tokens(1, length, seed=length)[0].tolist() for length in (5, 9, 7, 6)]
+    prefixes = [engine.prefill(torch.tensor([ids[:-1]])) for ids in texts]
+
+    def said(rows, stops):
+        kept = Rows(model, [prefixes[i] for i in rows], [texts[i][-1] for i in rows])
+        return decode(kept, 8, stops, sites=[SITE]), len(kept.full)
+
+    free, _ = said(range(4), [])
+    stops = {free.answers[0][0], free.answers[1][2], free.answers[2][5]} - set(free.answers[3])
+    together, left = said(range(4), stops)
+    alone = [said([i], stops)[0] for i in range(4)]
+    assert left < 4, "no row left"
+    assert len({len(answer) for answer in together.answers}) > 2
+    assert together.answers == [one.answers[0] for one in alone]
+    assert together.ended == [one.ended[0] for one in alone]
+    for row, one in enumerate(alone):
+        length = len(one.answers[0]) + one.ended[0]
+        near = together.states[SITE][row, :length]
+        torch.testing.assert_close(near, one.states[SITE][0, :length], rtol=1e-4, atol=1e-5)
+
+
 def answered(neutral, indices, cells):
     sides = neutral.mine, neutral.other
     found = answer_edited(
