@@ -5,8 +5,9 @@
    highest are tried, and as many drawn from the rest.
 2. Into tuned is put, one head at a time: base's contribution (`swap`), nothing (`zero`), or tuned's mean over
    all dev prompts (`mean`); everything above runs again, at the last position.
-3. Path patching holds everything else as it is (freeze: all) and adds base − tuned of the head's contribution
-   to the receiver, the residual at the site; the norms above it are recomputed.
+3. Path patching puts base's contribution in too, and holds up to the receiver, the residual at the site,
+   either all other heads as they are while MLPs and norms are recomputed (freeze: heads), or everything
+   (freeze: all). What is above the site runs again.
 4. Effects are the share of the way to base's state inside the handle, and recovery of base's next-token
    distribution.
 
@@ -48,6 +49,8 @@ from mechdiff.pairs.loading import LoadedPair
 from mechdiff.results import Record
 
 MODES = ("swap", "zero", "mean")
+FREEZE = {"total": "none", "mlps": "heads", "direct": "all"}
+"""What is held up to the site, by path."""
 GROUPS = ("attribution", "random")
 Head = tuple[int, int]  # layer, query head
 
@@ -116,7 +119,8 @@ class HandleHeads(HandleEvaluation):
         groups = self._choose(basis, [(a[i], b[i]) for a, b in [heads] for i in able])
         direct = adds_up(tuned.loaded.model, handle.site.layer)
         cells = [_Cell(h, m, "total") for part in groups.values() for h in part for m in self.modes]
-        cells += [_Cell(h, "swap", "direct") for part in groups.values() for h in part if direct]
+        for path in ("mlps", "direct") if direct else ("mlps",):
+            cells += [_Cell(h, "swap", path) for part in groups.values() for h in part]
         mean = torch.stack(heads[1]).mean(0)
         columns: dict[_Cell, list[tuple[float, float]]] = defaultdict(list)
         gaps: list[tuple[float, float, float]] = []
@@ -154,19 +158,19 @@ class HandleHeads(HandleEvaluation):
         old: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return residuals at the site and log-probabilities, the first of the model as it is."""
-        total = [c for c in cells if c.path == "total"]
-        assert total == list(cells[: len(total)]), "cells that run come first"
+        run = [c for c in cells if c.path != "direct"]
+        assert run == list(cells[: len(run)]), "cells that run come first"
         ids, prefix = tuned.ids(index)[:, -1:], tuned.prefixes[index]
         states, log_p = [], []
-        for start in range(0, 1 + len(total), self.rows_per_batch):
-            rows = [None, *total][start : start + self.rows_per_batch]
-            edits = _edits(rows, new)
+        for start in range(0, 1 + len(run), self.rows_per_batch):
+            rows = [None, *run][start : start + self.rows_per_batch]
+            edits = _edits(rows, new, old)
             with intervene(tuned.loaded.model, edits), record(tuned.loaded.model, [site]) as seen:
                 logits = run_logits(tuned.loaded.model, ids.expand(len(rows), -1), prefix=prefix)
             states.append(seen[site][:, 0])
             log_p.append(tuned.restricted(logits).cpu())
         own = tuned.states[index][site][-1]
-        changes = [(new[c.mode] - old)[c.head] for c in cells[len(total) :]]
+        changes = [(new[c.mode] - old)[c.head] for c in cells[len(run) :]]
         for start in range(0, len(changes), self.rows_per_batch):
             hidden = own + torch.stack(changes[start : start + self.rows_per_batch]).to(own)
             rows_ids = ids.expand(len(hidden), -1)
@@ -216,8 +220,7 @@ class HandleHeads(HandleEvaluation):
         chosen = self.about(handle, LAST, **more)
         params = {name: x for name, x in chosen["params"].items() if name not in ("edit", "alpha")}
         if cell is not None:
-            freeze = {"total": "none", "direct": "all"}[cell.path]
-            params |= {"mode": cell.mode, "path": cell.path, "group": group, "freeze": freeze}
+            params |= {"mode": cell.mode, "path": cell.path, "group": group, "freeze": FREEZE[cell.path]}
             params |= {"norm": "recompute", "receiver": str(handle.site)}
         return {
             "question": "rq3",
@@ -242,23 +245,30 @@ def _contributions(side: Side, last: int) -> list[Tensor]:
     return found
 
 
-def _edits(rows: Sequence[_Cell | None], new: Mapping[str, Tensor]) -> dict[Site, Edit]:
-    """Return edits that replace, in each row of a batch of single tokens, one head."""
+def _edits(rows: Sequence[_Cell | None], new: Mapping[str, Tensor], old: Tensor) -> dict[Site, Edit]:
+    """Return edits of a batch of single tokens: each row has one head replaced, and all others held or none.
+
+    Args:
+        rows: What is done to each row.
+        new: What is put in a head's place, by mode, `(layers, heads, d)`.
+        old: What heads add without it, the same.
+    """
+    held = torch.tensor([cell is not None and cell.path == "mlps" for cell in rows])
     by_layer: dict[int, list[tuple[int, int, Tensor]]] = defaultdict(list)
     for row, cell in enumerate(rows):
         if cell is not None:
             layer, head = cell.head
             by_layer[layer].append((row, head, new[cell.mode][layer, head]))
 
-    def edit(chosen: list[tuple[int, int, Tensor]]) -> Edit:
-        row, head = (torch.tensor(part) for part in list(zip(*chosen, strict=True))[:2])
-        states = torch.stack([state for *_, state in chosen])
-
+    def edit(layer: int) -> Edit:
         def run(value: Tensor, _positions: Tensor) -> Tensor:
             changed = value.clone()
-            changed[row.to(value.device), 0, head.to(value.device)] = states.to(value)
+            changed[held.to(value.device)] = old[layer].to(value)
+            for row, head, state in by_layer[layer]:
+                changed[row, 0, head] = state.to(value)
             return changed
 
         return run
 
-    return {Site(layer, "head_out"): edit(chosen) for layer, chosen in by_layer.items()}
+    layers = range(len(old)) if held.any() else sorted(by_layer)
+    return {Site(layer, "head_out"): edit(layer) for layer in layers}

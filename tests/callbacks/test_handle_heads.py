@@ -1,5 +1,7 @@
 """Heads on the handle: planted ones are found, and a batch of patches is what single patches give."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from mechdiff.callbacks.handle_heads import HandleHeads
 from mechdiff.callbacks.patcher import Side
 from mechdiff.errors import ConfigError, PairError
 from mechdiff.functional.metrics import kl_divergence
-from mechdiff.interventions.hooks import record
+from mechdiff.interventions.hooks import intervene, record
 from mechdiff.interventions.patching import head_patch_or_zero
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine, run_logits
@@ -111,10 +113,47 @@ def test_the_direct_path_adds_the_change_to_the_receiver(found, models):
     assert r.value != value(results, "1.1").value  # what runs again above it adds its part
 
 
+def test_with_all_other_heads_held_only_mlps_pass_the_change_on(found, models):
+    """By hand: the head is replaced in a run of its own, whose later heads are set back to what they were."""
+    callback, results, module = found
+    base, tuned = models
+    site, head = Site.parse(SITES[-1]), Site(0, "head_out")
+    later = [Site(layer, "head_out") for layer in range(1, site.layer + 1)]
+    basis = module.basis(site, k=4)
+    item = next(i for i in callback.items if i.arm == "0.2/swap/mlps")
+    (prompt,) = (p for p in texts("dev") if p.id == item.prompt)
+    ids = torch.tensor([encode(base.tokenizer, prompt.text).input_ids])
+    with record(base.model, [site, head]) as seen, torch.no_grad():
+        base.model(ids)
+    wanted, new = seen[site][0, -1], seen[head][0, -1, 2]
+    with record(tuned.model, [site, *later]) as clean, torch.no_grad():
+        tuned.model(ids)
+
+    def put(h, _positions):
+        changed = h.clone()
+        changed[:, -1, 2] = new
+        return changed
+
+    def hold(h, _positions, layer):
+        changed = h.clone()
+        changed[:, -1] = clean[layer][:, -1]
+        return changed
+
+    edits = {head: put} | {layer: partial(hold, layer=layer) for layer in later}
+    with intervene(tuned.model, edits), record(tuned.model, [site]) as seen, torch.no_grad():
+        tuned.model(ids)
+    own = clean[site][0, -1]
+    moved = (seen[site][0, -1] - own) @ basis.T
+    assert item.value == pytest.approx(float(moved @ ((wanted - own) @ basis.T)), rel=1e-3)
+    r = value(results, "0.2", path="mlps")
+    assert r.params["freeze"] == "heads"
+    assert len({r.value, value(results, "0.2").value, value(results, "0.2", path="direct").value}) == 3
+
+
 def test_every_cell_is_there_once(found):
     callback, results, _ = found
-    assert len({r.key for r in results}) == len(results) == 7 * (3 + 1) * 2 + 2 * 4
-    assert len(callback.items) == 7 * 4 * 4
+    assert len({r.key for r in results}) == len(results) == 7 * (3 + 2) * 2 + 2 * 5
+    assert len(callback.items) == 7 * 5 * 4
     assert all(r.low <= r.value <= r.high for r in results if r.value is not None)
 
 
