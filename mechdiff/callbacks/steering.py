@@ -5,7 +5,8 @@
 2. At the site with the largest effect, and for each kind and rank, the strength with the largest effect among
    those that cost little on dev's neutral prompts is chosen (`mechdiff.callbacks.sweep_costs`).
 3. Eval: what was chosen is tested once, beside its controls (`mechdiff.callbacks.sweep_controls`), with its
-   costs, graded behaviour, and answers of the finalists (`mechdiff.callbacks.sweep_behaviour`).
+   fluency and graded behaviour (`mechdiff.callbacks.sweep_behaviour`). The finalists answer target prompts;
+   they and the smallest handles that recover a tenth or a fifth answer neutral ones.
 4. Read off: the smallest rank that recovers a tenth, a fifth, or nine tenths of what the whole state does.
 
 `interchange` needs the tuned model at every token: it says what a subspace carries, and is no product.
@@ -27,7 +28,7 @@ from mechdiff.callbacks.sweep_behaviour import generated, graded, translations
 from mechdiff.callbacks.sweep_controls import Controls, Random
 from mechdiff.callbacks.sweep_costs import Neutral
 from mechdiff.callbacks.sweep_effects import Arms, Targets, direction
-from mechdiff.callbacks.sweep_report import EDITS, INTO_TUNED, NONE, Key, SweepReport, quantity
+from mechdiff.callbacks.sweep_report import EDITS, INTO_TUNED, NONE, Key, SweepReport, quantity, smallest
 from mechdiff.config import ALPHA_GRID, K_SWEEP
 from mechdiff.data.contrast import NEED, Contrast, check_bound, contrast, needed
 from mechdiff.data.prompts import Prompt
@@ -270,7 +271,8 @@ class Steering(SweepReport):
             cells = [cell for cell in chosen.values() if direction(cell.kind) == where]
             if not cells:
                 continue
-            arms, costs = final.sweep(module, site, cells), measured.costs(cells)
+            arms = final.sweep(module, site, cells)
+            costs = measured.costs(cells, [*self.finalists, *smallest(cells, arms)])
             for i, (cell, cost) in enumerate(zip(cells, costs, strict=True)):
                 found = measured.records(cell, cost, self._about(site, "eval", cell, ANSWER))
                 yield from found

@@ -8,12 +8,13 @@
    Only the others are decoded with the edit on.
    For edits that need the other model, answers are cut before the first token that it does not have.
 3. For each kind and rank the strength with the largest effect is tried first, on a few prompts, then on all;
-   the first one whose one-sided bounds hold is chosen. Strengths above one that fails are not tried.
+   the first one whose one-sided bounds hold is chosen. Strengths above one that fails are not tried, and no
+   further prompt is answered once so many have turned that the bound cannot hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,7 +54,8 @@ class Cost:
 
     Attributes:
         nats: Of each answer with the edit, `(prompts,)`.
-        turned: Whether each prompt's answer turns; None where fluency had failed already.
+        turned: Whether each prompt's answer turns, of the first ones alone where these are too many already;
+            None where fluency had failed, or it was not asked for.
         cut: How many answers with the edit end where the other model cannot follow.
     """
 
@@ -164,17 +166,26 @@ class Neutral:
             self.plain[which, row] = plain
         return torch.stack(found), torch.cat(stay)[1:]
 
-    def turns(self, cells: Sequence[Handle], stay: Tensor) -> list[tuple[list[bool], int]]:
+    def turns(
+        self, cells: Sequence[Handle], stay: Tensor, block: int | None = None
+    ) -> list[tuple[list[bool], int]]:
         """Tell of every prompt whether its answer turns under each edit of one site, and how many were cut.
 
         Args:
             cells: The edits.
             stay: How many tokens stay; see `score`.
+            block: Prompts after which edits that cannot hold the bound any more are left; None reads all.
         """
-        found, cut = [list(self.before) for _ in cells], [0] * len(cells)
-        wanted = []
-        for row, read in enumerate(self.reads):
-            for i, length in enumerate(stay[row].tolist()):
+        found: list[list[bool]] = [[] for _ in cells]
+        cut, left = [0] * len(cells), list(range(len(cells)))
+        size = block or len(self.reads)
+        for start in range(0, len(self.reads), size):
+            rows = range(start, min(start + size, len(self.reads)))
+            wanted = []
+            for i in left:
+                found[i] += [self.before[row] for row in rows]
+            for row, i in ((row, i) for row in rows for i in left):
+                read, length = self.reads[row], int(stay[row, i])
                 needs = cells[i].kind in NEEDS_DONOR
                 if needs and length == read.heard < len(read.tokens):
                     cut[i] += 1  # the same answer as far as the other model can follow
@@ -182,19 +193,21 @@ class Neutral:
                     read.answer[:length]
                 ):
                     wanted.append((row, i))
-        said = answer_edited(
-            self.module,
-            self.mine,
-            self.other,
-            [self.kept[row] for row, _ in wanted],
-            [cells[i] for _, i in wanted],
-            self.translate,
-            self.reach,
-            self.stops,
-        )
-        for (row, i), answer in zip(wanted, said, strict=True):
-            found[i][row] = turned(self._text(answer.ids), self.domain)
-            cut[i] += answer.cut
+            said = answer_edited(
+                self.module,
+                self.mine,
+                self.other,
+                [self.kept[row] for row, _ in wanted],
+                [cells[i] for _, i in wanted],
+                self.translate,
+                self.reach,
+                self.stops,
+            )
+            for (row, i), answer in zip(wanted, said, strict=True):
+                found[i][row] = turned(self._text(answer.ids), self.domain)
+                cut[i] += answer.cut
+            if block is not None:
+                left = [i for i in left if not self._turns_much(cells[i], found[i])]
         return list(zip(found, cut, strict=True))
 
     def _settled(self, begins: Tensor) -> bool:
@@ -220,20 +233,27 @@ class Neutral:
         plain = self.plain[self._which(cell)]
         found = [fluency_record(cost.nats[rows], plain[rows], draws, dict(about))]
         if cost.turned is not None:
-            after, before = ([part[i] for i in rows.tolist()] for part in (cost.turned, self.before))
+            read = [i for i in rows.tolist() if i < len(cost.turned)]
+            after, before = ([part[i] for i in read] for part in (cost.turned, self.before))
             found.append(turned_record(after, before, dict(about)))
         return found
 
     def _which(self, cell: Handle) -> int:
         return int(cell.kind in NEEDS_DONOR)
 
-    def costs(self, cells: Sequence[Handle]) -> list[Cost]:
-        """Measure edits of one site on all prompts."""
+    def costs(self, cells: Sequence[Handle], answered: Collection[Handle]) -> list[Cost]:
+        """Measure edits of one site on all prompts.
+
+        Args:
+            cells: The edits.
+            answered: Those among them whose answers are generated where they may differ.
+        """
         nats, stay = self.score(cells, range(len(self.reads)))
-        return [
-            Cost(column, *turns)
-            for column, turns in zip(nats.unbind(1), self.turns(cells, stay), strict=True)
-        ]
+        found = {cell: Cost(column) for cell, column in zip(cells, nats.unbind(1), strict=True)}
+        some = [i for i, cell in enumerate(cells) if cell in answered]
+        for i, (after, cut) in zip(some, self.turns([cells[i] for i in some], stay[:, some]), strict=True):
+            found[cells[i]] = replace(found[cells[i]], turned=after, cut=cut)
+        return [found[cell] for cell in cells]
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.mine.loaded.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
@@ -278,11 +298,12 @@ class Neutral:
                 if self.bound(cells[i], nats[:, column])[1] <= MAX_BPB:
                     fluent.append(column)
             passing = [cells[hopeful[column]] for column in fluent]
-            turns = self.turns(passing, stay[:, fluent]) if passing else []
+            turns = self.turns(passing, stay[:, fluent], SCREEN) if passing else []
             for cell, (after, cut) in zip(passing, turns, strict=True):
                 tried[cell] = replace(tried[cell], turned=after, cut=cut)
             for key, cell in front.items():
-                if cell in passing and self._turns_little(cell, tried[cell]):
+                after = tried[cell].turned
+                if after is not None and not self._turns_much(cell, after):
                     chosen[key] = cell
                     del left[key]
                     continue
@@ -291,11 +312,11 @@ class Neutral:
                     del left[key]
         return chosen, tried
 
-    def _turns_little(self, cell: Handle, cost: Cost) -> bool:
-        assert cost.turned is not None
+    def _turns_much(self, cell: Handle, after: Sequence[bool]) -> bool:
+        """Tell whether the bound fails even if no prompt that is not answered yet turns."""
         rows = self._read_by(cell).tolist()
-        changed = sum(cost.turned[i] and not self.before[i] for i in rows)
-        return 100 * binomial_interval(changed, len(rows), side="upper").high <= MAX_PP
+        changed = sum(after[i] and not self.before[i] for i in rows if i < len(after))
+        return 100 * binomial_interval(changed, len(rows), side="upper").high > MAX_PP
 
 
 def _nats(logits: Tensor, answer: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -245,6 +246,19 @@ class SweepReport(HandleEvaluation):
             Item(prompt, f"handle_{name}", str(cell.site), "last", direction(cell.kind), arm, x)
             for prompt, x in zip(prompts, values.tolist(), strict=True)
         ]
+
+
+def smallest(cells: Sequence[Handle], arms: Arms) -> Iterator[Handle]:
+    """Yield, by kind, the edit of the smallest rank that recovers a tenth, and a fifth.
+
+    Args:
+        cells: Edits.
+        arms: What they do.
+    """
+    effects = dict(zip(cells, arms.recovery().tolist(), strict=True))
+    for kind, threshold in product(dict.fromkeys(c.kind for c in cells), THRESHOLDS.values()):
+        if able := [c for c in cells if c.kind == kind and effects[c] >= threshold]:
+            yield min(able, key=lambda c: c.k)
 
 
 def _apart(one: Record, other: Record) -> bool:

@@ -136,8 +136,9 @@ def test_what_is_tested_beats_its_controls_within_its_bounds(found):
     acts = {(r.quantity, r.params.get("acts_on")) for r in results.select(split="eval", control="none")}
     assert acts >= {("side_effect_pp", "last+answer"), ("interchange_recovery", "last")}
     for edit in ("interchange", "mapped"):
-        for quantity in ("side_effect_bpb", "side_effect_pp"):
-            (cost,) = results.select(quantity=quantity, split="eval", edit=edit, k=2)
+        (finalist,) = results.select(quantity="chosen_handle", edit=edit)
+        for quantity, k in (("side_effect_bpb", 2), ("side_effect_pp", finalist.value)):
+            (cost,) = results.select(quantity=quantity, split="eval", edit=edit, k=k)
             assert cost.high is not None
         (away,) = results.select(quantity="wrong_way", edit=edit, k=2)
         assert 0 <= away.value <= 0.2
@@ -370,13 +371,40 @@ def test_an_answer_is_judged_whole_and_cut_only_for_the_other_model(planted):
     assert nats[0, 1] < full[0, 1]
     assert cut.plain[1, 0] < cut.plain[0, 0]
     assert int(stay[0, 1]) <= 2
-    costs = cut.costs(cells)
+    costs = cut.costs(cells, cells)
     free, bound = (
         cut.records(cell, cost, {"question": "rq3"}) for cell, cost in zip(cells, costs, strict=True)
     )
     assert [r.flags.count("cut_answers") for r in (*free, *bound)] == [0, 0, 1, 1]
     assert bound[0].params["cut"] + bound[0].params["dropped"] >= 1
     assert bound[1].n == len(cut.reads) - bound[1].params["dropped"]
+
+
+def test_prompts_are_answered_until_too_many_have_turned(planted, monkeypatch):
+    neutral = neutrals(planted, "into_base", most=12)
+    cells = [Handle(SITE, "mapped", 2, alpha) for alpha in (0.5, 1.0)]
+    stay = torch.zeros(len(neutral.reads), 2, dtype=torch.long)
+    neutral.before = [False] * len(neutral.reads)
+    seen = []
+
+    def answer(_module, _mine, _other, indices, cells, *_):
+        seen.extend(zip(indices, cells, strict=True))
+        ids = neutral.reads[0].answer.tolist()
+        return [SimpleNamespace(ids=ids if cell.alpha == 1 else [], cut=False) for cell in cells]
+
+    monkeypatch.setattr("mechdiff.callbacks.sweep_costs.answer_edited", answer)
+    monkeypatch.setattr("mechdiff.callbacks.sweep_costs.turned", lambda text, _: bool(text))
+    monkeypatch.setattr("mechdiff.callbacks.sweep_costs.MAX_PP", 40.0)
+    (kept, _), (left, _) = neutral.turns(cells, stay, block=3)
+    assert kept == [False] * len(neutral.reads)
+    assert left == [True] * 3  # three of twelve: 53 % cannot be ruled out
+    assert len(seen) == len(neutral.reads) + 3
+    costs = [Cost(torch.ones(len(neutral.reads)), kept), Cost(torch.ones(len(neutral.reads)), left)]
+    neutral.plain[:] = 1.0
+    found = [neutral.records(c, cost, {"question": "rq3"})[1] for c, cost in zip(cells, costs, strict=True)]
+    assert [(r.value, r.n) for r in found] == [(0.0, len(neutral.reads)), (100.0, 3)]
+    (whole, _), _ = neutral.turns(cells[1:] * 2, stay)
+    assert whole == [True] * len(neutral.reads)
 
 
 def test_random_edits_are_as_long_as_the_edit_they_stand_beside(planted):
@@ -438,7 +466,7 @@ class Priced(Neutral):
         self.asked += [(c.alpha, len(rows)) for c in cells]
         return cost.expand(len(rows), -1), torch.ones(len(rows), len(cells))
 
-    def turns(self, cells, stay):
+    def turns(self, cells, stay, block):
         return [([c.alpha > 0.4] * 60, 0) for c in cells]
 
 
