@@ -4,8 +4,9 @@
    own tokens.
 2. Effects are read on evaluation targets as for a handle: recovery of tuned's next-token distribution, and
    the share of the gap in graded behaviour.
-3. Side effects are read on neutral prompts as for a handle (`mechdiff.callbacks.side_effects`), so that a
-   handle can be compared at an equal price.
+3. Side effects are read on neutral prompts as for a handle (`mechdiff.callbacks.side_effects`).
+4. At an equal price: λ goes as far as interpolated weights cost no more bits per byte than a handle of the
+   run does, nats of each prompt taken linearly between the λ that were measured.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
+from mechdiff.callbacks.base import Item, readable, spread
 from mechdiff.callbacks.graded import grades, read_openings
 from mechdiff.callbacks.grafts import shared_rows
+from mechdiff.callbacks.handle_evaluation import CHOSEN, HandleEvaluation
 from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.side_effects import (
     ANSWER_CHARS,
@@ -39,6 +41,7 @@ from mechdiff.callbacks.states import read_ends
 from mechdiff.data.contrast import contrast
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError, PromptError
+from mechdiff.functional.handles import reach_at_cost
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import generator
 from mechdiff.interventions.generation import generate, stop_tokens
@@ -50,7 +53,7 @@ from mechdiff.pairs.alignment import EncodedPrompt, encode
 from mechdiff.pairs.loading import LoadedModel, LoadedPair
 from mechdiff.results import Record
 
-LAMBDAS = (0.25, 0.5, 1.0)
+LAMBDAS = (0.1, 0.25, 0.5, 1.0)
 _NOISE_PROMPTS = 4
 SYSTEMS = {
     "cultural": (
@@ -75,8 +78,11 @@ class _Seen:
     answers: list[bool]
 
 
-class Yardsticks(CausalEvaluation):
+class Yardsticks(HandleEvaluation):
     """Measures a system prompt and interpolated weights; no fitted module is used.
+
+    After `Steering` it also says what interpolated weights do at the price of each chosen handle that needs
+    no second model.
 
     Args:
         system: The system message; by default one for the pair's domain.
@@ -127,10 +133,38 @@ class Yardsticks(CausalEvaluation):
             return
         rows = shared_rows(pair)
         check_same_architecture(pair.tuned.model, pair.base.model, rows)
-        for lambda_ in self.lambdas:
+        line: list[tuple[float, _Seen]] = []
+        for lambda_ in sorted(self.lambdas):
             between = interpolate(pair.base.model, pair.tuned.model, lambda_, rows)
             seen = tuned if lambda_ == 1 else run.arm(pair.tuned, within=between)
+            line.append((lambda_, seen))
             yield from self._records(run, base, tuned, seen, {"edit": "weights", "lambda_": lambda_})
+        yield from self._at_equal_cost(run, base, tuned, line)
+
+    def _at_equal_cost(
+        self, run: _Run, base: _Seen, tuned: _Seen, line: Sequence[tuple[float, _Seen]]
+    ) -> Iterator[Record]:
+        """Yield recovery of interpolated weights at the price of each handle that the run has chosen."""
+        gap = kl_divergence(tuned.log_p, base.log_p)
+        lambdas = [0.0, *(lambda_ for lambda_, _ in line)]
+        nats = torch.stack([gap, *(kl_divergence(tuned.log_p, seen.log_p) for _, seen in line)])
+        costs = [float(seen.nats.sum() / base.nats.sum()) - 1 for _, seen in line]
+        for price in _prices(self.earlier):
+            place = reach_at_cost(costs, float(price.value or 0.0))
+            low = min(int(place), len(line) - 1)
+            part = place - low
+            edit, k, alpha = (price.params[name] for name in ("edit", "k", "alpha"))
+            params = {
+                "edit": "weights_at_equal_cost",
+                "handle": f"{edit}, k = {k}, α = {alpha:g}",
+                "cost": price.value,
+                "lambda_": lambdas[low] + part * (lambdas[low + 1] - lambdas[low]),
+            }
+            left = nats[low] + part * (nats[low + 1] - nats[low])
+            about: dict[str, Any] = {"question": "rq3", "split": "eval", "positions": "last"}
+            yield self.ratio(
+                left, gap, run.noise, "interchange_recovery", **about, unit="fraction", params=params
+            )
 
     def _records(
         self, run: _Run, base: _Seen, tuned: _Seen, seen: _Seen, params: Mapping[str, Any]
@@ -164,6 +198,18 @@ class Yardsticks(CausalEvaluation):
             Item(p.id, quantity, "", "last", "into_base", arm, x)
             for p, x in zip(prompts, values, strict=True)
         ]
+
+
+def _prices(earlier: Sequence[Record]) -> Iterator[Record]:
+    """Yield what the chosen handles that need no second model cost in fluency."""
+    for handle in earlier:
+        edit = handle.params.get("edit")
+        if handle.quantity != CHOSEN or handle.value is None or edit not in ("mapped", "amplify", "add"):
+            continue
+        for r in earlier:
+            same = (r.site, r.params.get("edit"), r.params.get("k")) == (handle.site, edit, int(handle.value))
+            if r.quantity == "side_effect_bpb" and r.split == "eval" and same and r.value is not None:
+                yield r
 
 
 class _Run:

@@ -94,6 +94,30 @@ def minimal_k(ks: Sequence[int], values: Sequence[float | None], threshold: floa
     return min(reached, default=None)
 
 
+def reach_at_cost(costs: Sequence[float], limit: float) -> float:
+    """Return how far along a line of growing strength one gets at a price, between measured points.
+
+    Args:
+        costs: What each point costs, the weakest first; nothing is done before it, at no cost.
+        limit: The price.
+
+    Returns:
+        The largest place whose cost, linear between points, stays within the price: 0 is nothing done, 1 the
+        first point, 1.5 halfway to the second.
+
+    >>> reach_at_cost([0.1, 0.3], 0.2), reach_at_cost([0.1, 0.3], 0.05), reach_at_cost([0.1], -0.1)
+    (1.5, 0.5, 0.0)
+    """
+    line = [0.0, *costs]
+    if line[-1] <= limit:
+        return float(len(costs))
+    for i in range(len(costs), 0, -1):
+        low, high = line[i - 1], line[i]
+        if low <= limit < high:
+            return i - 1 + (limit - low) / (high - low)
+    return 0.0
+
+
 def auroc(scores: Tensor, labels: Tensor) -> float:
     """Compute how often a positive scores above a negative; a tie counts half.
 

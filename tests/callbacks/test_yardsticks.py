@@ -11,6 +11,7 @@ from mechdiff.errors import ConfigError
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.interventions.generation import generate
 from mechdiff.pairs.alignment import encode
+from mechdiff.results import Record
 from tests.callbacks.handles import ALL, measure, pair_of, policy, texts
 from tests.toys import loaded, tokenizer
 
@@ -106,6 +107,36 @@ def test_nats_of_a_batch_are_those_of_single_answers(tokens):
 )
 def test_what_counts_as_turned(text, domain, is_so):
     assert turned(text, domain) is is_so
+
+
+def test_weights_are_read_at_the_price_of_a_handle(found, tmp_path):
+    _, results, base = found
+    cost = value(results, "side_effect_bpb", edit="weights", lambda_=0.5).value
+    about = {"question": "rq3", "site": "resid_post.1", "n": 6, "unit": "fraction"}
+    cell = {"alpha": 1.0}
+    costs = [
+        Record(
+            quantity="side_effect_bpb", value=x, split="eval", params={**cell, "edit": edit, "k": k}, **about
+        )
+        for x, edit, k in ((cost, "mapped", 2), (0.0, "add", 1), (9.0, "interchange", 2), (9.0, "mapped", 1))
+    ]
+    chosen = [
+        Record(quantity="chosen_handle", value=float(k), split="dev", params={"edit": edit}, **about)
+        for edit, k in (("mapped", 2), ("add", 1), ("interchange", 2))
+    ]
+    base, tuned, _ = policy()
+    fast = tokenizer(300, WITH_SYSTEM)
+    base, tuned = replace(base, tokenizer=fast), replace(tuned, tokenizer=fast)
+    callback = Yardsticks(lambdas=(0.5, 1.0), max_targets=8, max_neutral=6, answer_chars=4)
+    callback.earlier = [*costs, *chosen]
+    again = measure(callback, None, pair_of(base, tuned, tmp_path), texts("eval"))
+    same, nothing = again.select(edit="weights_at_equal_cost")
+    assert same.params["handle"] == "mapped, k = 2, α = 1"
+    assert same.params["lambda_"] == pytest.approx(0.5)
+    half = value(again, "interchange_recovery", edit="weights", lambda_=0.5)
+    assert (same.value, same.low, same.n) == pytest.approx((half.value, half.low, half.n))
+    assert nothing.params["lambda_"] == pytest.approx(0)
+    assert nothing.value == pytest.approx(0, abs=1e-6)
 
 
 def test_mistakes_are_named():

@@ -16,7 +16,13 @@ def yardsticks(view: View) -> list[Table]:
     rows: list[list[Cell]] = []
     for r in found:
         edit, lambda_ = r.params.get("edit"), r.params.get("lambda_")
-        if edit not in ("system_prompt", "weights"):
+        if edit not in ("system_prompt", "weights", "weights_at_equal_cost"):
+            continue
+        if edit == "weights_at_equal_cost":
+            label = f"weights at the bits per byte of {r.params['handle']}: λ = {lambda_:.2g}"
+            rows.append(
+                [[label], [view.number(r)], ["–"], [f"{100 * r.params['cost']:+.1f} %"], ["–"], [count(r)]]
+            )
             continue
         costs = [
             view.pair.one("rq3", quantity=q, edit=edit, lambda_=lambda_, control="none", split="eval")
