@@ -24,7 +24,7 @@ NEEDS_DONOR = ("interchange", "reverse")
 """Edits that need the other model's state at every token."""
 
 
-ROWS = 32
+ROWS = 128
 """Rows that are decoded at once."""
 
 

@@ -54,7 +54,7 @@ def generate(
     max_new_tokens: int | Reach,
     stop_ids: Collection[int] = (),
     allowed_ids: Tensor | None = None,
-    rows_per_batch: int = 32,
+    rows_per_batch: int = 128,
 ) -> list[list[int]]:
     """Continue prompts greedily; the answers alone, without a stop token.
 
