@@ -167,20 +167,20 @@ class Neutral:
         return torch.stack(found), torch.cat(stay)[1:]
 
     def turns(
-        self, cells: Sequence[Handle], stay: Tensor, block: int | None = None
+        self, cells: Sequence[Handle], stay: Tensor, first: int | None = None
     ) -> list[tuple[list[bool], int]]:
         """Tell of every prompt whether its answer turns under each edit of one site, and how many were cut.
 
         Args:
             cells: The edits.
             stay: How many tokens stay; see `score`.
-            block: Prompts after which edits that cannot hold the bound any more are left; None reads all.
+            first: Prompts after which edits that cannot hold the bound any more are left; None reads all.
         """
         found: list[list[bool]] = [[] for _ in cells]
         cut, left = [0] * len(cells), list(range(len(cells)))
-        size = block or len(self.reads)
-        for start in range(0, len(self.reads), size):
-            rows = range(start, min(start + size, len(self.reads)))
+        most = len(self.reads)
+        size = most if first is None else min(first, most)
+        for rows in (range(size), range(size, most)):
             wanted = []
             for i in left:
                 found[i] += [self.before[row] for row in rows]
@@ -206,8 +206,7 @@ class Neutral:
             for (row, i), answer in zip(wanted, said, strict=True):
                 found[i][row] = turned(self._text(answer.ids), self.domain)
                 cut[i] += answer.cut
-            if block is not None:
-                left = [i for i in left if not self._turns_much(cells[i], found[i])]
+            left = [i for i in left if not self._turns_much(cells[i], found[i])]
         return list(zip(found, cut, strict=True))
 
     def _settled(self, begins: Tensor) -> bool:
@@ -270,6 +269,9 @@ class Neutral:
     def choose(self, queues: Mapping[Any, Sequence[Handle]]) -> tuple[dict[Any, Handle], dict[Handle, Cost]]:
         """Choose in each queue the first edit that costs little enough.
 
+        Answers are decoded for all queues together, once each has come down to a fluent edit: the steps of
+        decoding take their time for one row as for many.
+
         Args:
             queues: Edits of one site, the most wanted first.
 
@@ -279,44 +281,64 @@ class Neutral:
         left = {key: list(cells) for key, cells in queues.items() if cells}
         chosen: dict[Any, Handle] = {}
         tried: dict[Handle, Cost] = {}
+        while stays := self._fluent(left, tried):
+            cells = [left[key][0] for key in stays]
+            turns = self.turns(cells, torch.stack(list(stays.values()), 1), SCREEN)
+            for key, cell, (after, cut) in zip(stays, cells, turns, strict=True):
+                tried[cell] = replace(tried[cell], turned=after, cut=cut)
+                if self._turns_much(cell, after):
+                    _lower(left, key)
+                else:
+                    chosen[key] = cell
+                    del left[key]
+        return chosen, tried
+
+    def _fluent(self, left: dict[Any, list[Handle]], tried: dict[Handle, Cost]) -> dict[Any, Tensor]:
+        """Lower each queue to its first fluent edit.
+
+        Args:
+            left: The queues, which lose their edits that are not.
+            tried: What edits cost, to which those tried are added.
+
+        Returns:
+            How many tokens of each answer stay under the first edit of each queue, `(prompts,)`.
+        """
+        found: dict[Any, Tensor] = {}
         few = range(min(SCREEN, len(self.reads)))
         rest = range(len(few), len(self.reads))
-        while left:
-            front = {key: cells[0] for key, cells in left.items()}
-            cells = list(front.values())
+        while front := {key: cells[0] for key, cells in left.items() if key not in found}:
+            keys, cells = list(front), list(front.values())
             nats, stay = self.score(cells, few)
             hopeful = [i for i in range(len(cells)) if self.bound(cells[i], nats[:, i])[0] <= MAX_BPB]
             tried |= {cell: Cost(nats[:, i]) for i, cell in enumerate(cells) if i not in hopeful}
+            nats, stay = nats[:, hopeful], stay[:, hopeful]
             if hopeful and len(rest):
                 more = self.score([cells[i] for i in hopeful], rest)
-                nats, stay = (torch.cat([a[:, hopeful], b]) for a, b in zip((nats, stay), more, strict=True))
-            elif hopeful:
-                nats, stay = nats[:, hopeful], stay[:, hopeful]
-            fluent = []
+                nats, stay = (torch.cat(parts) for parts in zip((nats, stay), more, strict=True))
+            fluent = set()
             for column, i in enumerate(hopeful):
                 tried[cells[i]] = Cost(nats[:, column])
                 if self.bound(cells[i], nats[:, column])[1] <= MAX_BPB:
-                    fluent.append(column)
-            passing = [cells[hopeful[column]] for column in fluent]
-            turns = self.turns(passing, stay[:, fluent], SCREEN) if passing else []
-            for cell, (after, cut) in zip(passing, turns, strict=True):
-                tried[cell] = replace(tried[cell], turned=after, cut=cut)
-            for key, cell in front.items():
-                after = tried[cell].turned
-                if after is not None and not self._turns_much(cell, after):
-                    chosen[key] = cell
-                    del left[key]
-                    continue
-                left[key] = [c for c in left[key][1:] if c.alpha < cell.alpha]
-                if not left[key]:
-                    del left[key]
-        return chosen, tried
+                    fluent.add(i)
+                    found[keys[i]] = stay[:, column]
+            for i, key in enumerate(keys):
+                if i not in fluent:
+                    _lower(left, key)
+        return found
 
     def _turns_much(self, cell: Handle, after: Sequence[bool]) -> bool:
         """Tell whether the bound fails even if no prompt that is not answered yet turns."""
         rows = self._read_by(cell).tolist()
         changed = sum(after[i] and not self.before[i] for i in rows if i < len(after))
         return 100 * binomial_interval(changed, len(rows), side="upper").high > MAX_PP
+
+
+def _lower(left: dict[Any, list[Handle]], key: Any) -> None:
+    """Leave the first edit of a queue and all that are as strong."""
+    cell, *others = left[key]
+    left[key] = [c for c in others if c.alpha < cell.alpha]
+    if not left[key]:
+        del left[key]
 
 
 def _nats(logits: Tensor, answer: Tensor) -> Tensor:

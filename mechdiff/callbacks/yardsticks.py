@@ -281,7 +281,8 @@ class _Run:
                 texts = [str(base.tokenizer.decode(ids)) for ids in self.said]
                 said = [loaded.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
             nats = answer_nats(loaded.model, contexts, said, tokens_per_batch=settings.tokens_per_batch)
-            answers = self._answers(loaded, system)
+            plain = loaded is base and system is None and within is None
+            answers = self.said if plain else self._answers(loaded, system)
         domain = self.pair.spec.domain
         return _Seen(log_p, graded, nats, [turned(self._text(loaded, ids), domain) for ids in answers])
 

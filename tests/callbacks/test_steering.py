@@ -395,7 +395,7 @@ def test_prompts_are_answered_until_too_many_have_turned(planted, monkeypatch):
     monkeypatch.setattr("mechdiff.callbacks.sweep_costs.answer_edited", answer)
     monkeypatch.setattr("mechdiff.callbacks.sweep_costs.turned", lambda text, _: bool(text))
     monkeypatch.setattr("mechdiff.callbacks.sweep_costs.MAX_PP", 40.0)
-    (kept, _), (left, _) = neutral.turns(cells, stay, block=3)
+    (kept, _), (left, _) = neutral.turns(cells, stay, 3)
     assert kept == [False] * len(neutral.reads)
     assert left == [True] * 3  # three of twelve: 53 % cannot be ruled out
     assert len(seen) == len(neutral.reads) + 3
@@ -466,7 +466,7 @@ class Priced(Neutral):
         self.asked += [(c.alpha, len(rows)) for c in cells]
         return cost.expand(len(rows), -1), torch.ones(len(rows), len(cells))
 
-    def turns(self, cells, stay, block):
+    def turns(self, cells, stay, first):
         return [([c.alpha > 0.4] * 60, 0) for c in cells]
 
 
