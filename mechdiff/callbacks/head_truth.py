@@ -4,13 +4,15 @@
    Agreement with the attribution is a correlation over these heads and the overlap of their top ranks; among
    heads chosen by attribution alone it would be flattered, so it stands beside that among the drawn ones.
    Ranks are `among` the heads that were exchanged, both groups together, not among all heads of the model.
-2. Heads of tuned give way to base's contribution, k of them together, in the order of attribution. The order
-   comes from prompts that are not run here, where there are enough; orders at random are the control.
+2. Heads of tuned give way to base's contribution, k of them together. What is read is KL(base ‖ patched
+   tuned), whose gap has one sign on every prompt, and the order is that of its attribution on prompts that
+   are not run here, where there are enough; orders at random are the control.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,18 +20,22 @@ from torch import Tensor
 from mechdiff.callbacks.head_cases import LEAST, Case, Cases
 from mechdiff.callbacks.head_passes import effects, joint_scores
 from mechdiff.callbacks.head_records import HeadRecords, with_params
-from mechdiff.callbacks.head_tables import Tables, baselines, said
+from mechdiff.callbacks.head_tables import Tables, baselines, placed, said
 from mechdiff.errors import FitError
 from mechdiff.functional.cumulative import cumulative, grid_counts, random_order
 from mechdiff.functional.intervals import bootstrap_means
+from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.overlap import chance_overlap, correlation_of_means, ranking_agreement
 from mechdiff.functional.stats import Interval, bootstrap_ratio, measurable
+from mechdiff.interventions.attribution import attribute
 from mechdiff.interventions.head_edges import Head
 from mechdiff.interventions.head_runs import Baseline, clean_states
 from mechdiff.modules.base import estimated, missing
 from mechdiff.results import Record
 
 TOP_OVERLAP = 20
+RANKED = 12
+"""Most prompts from which the order of heads is taken."""
 _LEAST_HEADS = 3
 
 
@@ -141,11 +147,17 @@ class HeadTruth:
             steps: Prompts, by index.
             orders: Number of random orders.
         """
-        table = self.tables.attribution[("tuned", "other_model")]
-        others = [i for i in range(len(table)) if i not in set(steps)]
+        cases = replace(self.cases, metric="kl_other", graded=[])
+        others = [i for i in range(len(cases.prompts)) if i not in set(steps)]
         apart = len(others) >= LEAST
-        ranking = table[others] if apart else table
-        order = ranking.mean(0).abs().argsort(descending=True, stable=True)
+        ranking = others[:: -(-len(others) // RANKED)] if apart else steps
+        table = []
+        for index in self.track(ranking, "order of heads"):
+            case = cases.case("tuned", index)
+            given = {"it": self.baseline(case, "tuned", "other_model")}
+            done = attribute(case.side.loaded.model, placed(case), case.score, given)
+            table.append(done.values["it"].sum(0).flatten())
+        order = torch.stack(table).mean(0).abs().argsort(descending=True, stable=True)
         count, layers = len(order), self.tables.layers["tuned"]
         ks = grid_counts(count)
         draws = self.records.draws("orders")
@@ -156,7 +168,7 @@ class HeadTruth:
             sets[row, chosen[:k]] = True
         rows = []
         for index in self.track(steps, "heads together"):
-            case = self.cases.case("tuned", index)
+            case = cases.case("tuned", index)
             given = self.baseline(case, "tuned", "other_model")
             rows.append(joint_scores(case, given, sets.unflatten(1, (len(layers), -1)), layers))
         scores = torch.stack(rows)  # (prompts, sets)
@@ -164,26 +176,25 @@ class HeadTruth:
         curves = scores[:, :-2].unflatten(1, (len(every), -1))
         curves = torch.cat([curves, whole[:, None].expand(-1, len(every), -1)], 2)  # (prompts, orders, ks)
         flags = () if apart else ("ranked_on_the_same_prompts",)
-        base, tuned = (self.tables.scores[role][list(steps)] for role in ("base", "tuned"))
-        noise = (scores[:, -2] - tuned).abs().mean().item()
-        yield from self._curves(base, scores[:, -2], curves, ks, noise, flags)
+        base, tuned = (cases.log_p[role][list(steps)].double() for role in ("base", "tuned"))
+        noise = (scores[:, -2] - kl_divergence(base, tuned)).abs().mean().item()
+        yield from self._curves(scores[:, -2], curves, ks, noise, flags)
 
     def _curves(
         self,
-        base: Tensor,
         none: Tensor,
         curves: Tensor,
         ks: Sequence[int],
         noise: float,
         flags: tuple[str, ...],
     ) -> Iterator[Record]:
-        about = {**self.records.about("patch", "other_model"), "unit": "fraction", "model": "tuned"}
-        about["flags"] = (*about["flags"], *flags)
+        about = with_params(self.records.about("patch", "other_model"), metric="kl_other")
+        about |= {"unit": "fraction", "model": "tuned", "flags": (*about["flags"], *flags)}
         count, n = ks[-1], len(curves)
         effect = bootstrap_means((none - curves[:, 0, -1])[:, None], generator=self.records.draws("gap")).at(
             0
         )
-        cell = with_params({**about, "unit": self.records.unit}, k=count, of="effect")
+        cell = with_params({**about, "unit": "nats"}, k=count, of="effect")
         yield estimated("cumulative_effect", effect, cell)
         if not measurable(_size(effect), noise):
             for k in ks:
@@ -204,12 +215,11 @@ class HeadTruth:
                 yield estimated("cumulative_effect", curve.at(i), with_params(control, k=k, of="all_heads"))
             yield estimated("cpr", area.at(0), control)
             yield estimated("cmd", area.at(1), control)
-        gap = none - base  # of either sign
         cell = with_params(about, k=count, of="gap")
-        whole = bootstrap_means(gap[:, None], generator=self.records.draws("full gap")).at(0)
-        if measurable(_size(whole), noise):
+        whole = bootstrap_means(none[:, None], generator=self.records.draws("full gap")).at(0)
+        if measurable(whole, noise):
             share = bootstrap_ratio(
-                none - curves[:, 0, -1], gap, generator=self.records.draws("share of the gap")
+                none - curves[:, 0, -1], none, generator=self.records.draws("share of the gap")
             )
             yield estimated("cumulative_effect", share, cell)
         else:

@@ -85,7 +85,7 @@ def plot_head_churn(results: Results, out: str | Path | None = None) -> Figure:
         ]
         handles += [_null_mark(name) for name in NULLS if any(r.control == name for r in shares)]
         figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=7)
-        more = f"{said(main).capitalize()}. n = {first.n} prompts, {len(heads)} heads, split {first.split}."
+        more = f"{said(main)}. n = {first.n} prompts, {len(heads)} heads, split {first.split}."
         more += " Lines and bands: 95 % intervals over prompts; of nulls: mean to 95th percentile of draws."
         if any(r.params.get("rule") == "z" for r in shares):
             more += " † |z| grows with the number of prompts."

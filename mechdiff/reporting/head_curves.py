@@ -72,7 +72,7 @@ def plot_head_overlap(results: Results, out: str | Path | None = None) -> Figure
         more += "of halves and chance: 5th to 95th and 2.5th to 97.5th percentile."
         if any(r.control == "split_half" for records in found.values() for r in records):
             more += " Squares and diamonds: two random halves of the prompts, to be compared with each other."
-        caption(figure, results, f"{said(main).capitalize()}. n = {n} prompts. {more}")
+        caption(figure, results, f"{said(main)}. n = {n} prompts. {more}")
         return finish(figure, out)
 
 
@@ -118,11 +118,11 @@ def plot_cumulative(results: Results, out: str | Path | None = None) -> Figure:
             over: dict[str, Any] = {"frameon": True, "edgecolor": "none", "framealpha": 1}
             left.legend(fontsize=7, loc="best", **over)
         _areas(right, results, main)
-        parts = [f"{said(main).capitalize()}. n = {own[0].n} prompts."]
+        parts = [f"{said(main)}. n = {own[0].n} prompts."]
         for r in results.select(quantity="cumulative_effect", of="gap", control="none"):
             if r.value is not None and _same(r, main):
                 ends = f" [{r.low:.2f}, {r.high:.2f}]" if r.low is not None and r.high is not None else ""
-                whole = f"All heads together are {r.value:.2f}{ends} of the whole gap."
+                whole = f"All heads together close {r.value:.2f}{ends} of the gap."
                 parts.append(whole.replace("-", "−"))
         draws = next((r.params.get("draws") for r in found if r.control == "random"), None)
         lines = "Lines and bands: 95 % intervals over prompts"
@@ -142,6 +142,7 @@ def plot_head_truth(results: Results, out: str | Path | None = None) -> Figure:
         ConfigError: If the table holds no exact effect.
     """
     exact = results.select(question="rq4", quantity="head_attribution", method="patch")
+    exact = [r for r in exact if r.unit != "pp"]  # of a probability there is no estimate
     exchanges = list(dict.fromkeys((r.model, r.params["metric"], r.params["baseline"]) for r in exact))
     if not exchanges:
         raise ConfigError("nothing to draw: no head was patched; give the results.json of an rq4 run")

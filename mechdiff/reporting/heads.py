@@ -63,9 +63,10 @@ def by_head(results: Results, **where: Any) -> dict[Place, Record]:
 
 
 def said(names: Mapping[str, Any]) -> str:
-    """Say how heads were measured, such as ``logit difference by attribution patching, twin prompt``."""
+    """Say how heads were measured, such as ``Logit difference by attribution patching, twin prompt``."""
     method, metric, baseline = (SAID.get(str(names.get(n)), str(names.get(n))) for n in HOW)
-    return f"{metric} by {method.replace('_', ' ')}, baseline: {baseline.replace('_', ' ')}"
+    method, baseline = (name.replace("_", " ") for name in (method, baseline))
+    return f"{metric[0].upper()}{metric[1:]} by {method}, baseline: {baseline}"
 
 
 def plot_head_maps(results: Results, out: str | Path | None = None) -> Figure:
@@ -103,7 +104,7 @@ def plot_head_maps(results: Results, out: str | Path | None = None) -> Figure:
             for r in results.select(quantity="completeness_error")
             if "completeness_missed" in r.flags
         }
-        more = [f"{said(main).capitalize()}. n = {first.n} prompts, split {first.split}."]
+        more = [f"{said(main)}. n = {first.n} prompts, split {first.split}."]
         more += ["Squares: changed by more than swapped labels reach; dots: by more than the fixed floor."]
         if missed:
             more.append(

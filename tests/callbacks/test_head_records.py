@@ -47,19 +47,19 @@ def test_halves_of_prompts_are_ranked_at_equal_terms() -> None:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
-def test_shares_of_a_gap_do_not_hang_on_its_sign(sign: float) -> None:
+def test_shares_of_the_effect_of_all_heads_do_not_hang_on_its_sign(sign: float) -> None:
     records = HeadRecords(SimpleNamespace(metric="refusal"), Tables({}, {}), 17)
-    none = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    gap = torch.tensor([3.0, 4.0, 3.0, 4.0]) * (sign or torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    none = torch.tensor([3.0, 4.0, 3.0, 4.0], dtype=torch.float64)
+    gap = none * (sign or torch.tensor([1.0, -1.0, 1.0, -1.0]))
     shares = torch.tensor([[0.5, 0.8], [0.2, 0.8]])  # in order and at random, of 1 and of 2 heads
     curves = none[:, None, None] - gap[:, None, None] * shares
     truth = HeadTruth(records, {}, lambda steps, _: steps)
-    found = Results(truth._curves(none - gap, none, curves, (1, 2), 0.01, ()))
+    found = Results(truth._curves(none, curves, (1, 2), 0.01, ()))
     (effect,) = found.select(of="effect")
-    assert effect.unit == "pp"
+    assert (effect.unit, effect.params["metric"]) == ("nats", "kl_other")
     shares = {of: [r.value for r in found.select(of=of, control="none")] for of in ("all_heads", "gap")}
     if sign:
         assert effect.value == pytest.approx(sign * 2.8)
-        assert shares == {"all_heads": pytest.approx([0.625, 1.0]), "gap": pytest.approx([0.8])}
+        assert shares == {"all_heads": pytest.approx([0.625, 1.0]), "gap": pytest.approx([sign * 0.8])}
     else:
         assert {r.reason for r in found if r is not effect} == {"gap_too_small"}

@@ -252,10 +252,11 @@ def test_other_numbers(metric: str, tmp_path) -> None:
     (r,) = results.select(quantity="truth_r", model="tuned", baseline="resample", group="all")
     assert r.value > 0.8
     assert r.params["metric"] == metric
-    if metric == "kl_other":  # a gap of one sign on every prompt
-        whole = results.select(quantity="cumulative_effect", of="all_heads", k=16, control="none")
-        assert [r.value for r in whole] == [1.0]
-        assert {r.control for r in results.select(quantity="cpr")} == {"none", "random"}
+    whole = results.select(quantity="cumulative_effect", of="all_heads", k=16, control="none")
+    assert [(r.value, r.params["metric"]) for r in whole] == [(1.0, "kl_other")]  # whatever else is read
+    (share,) = results.select(quantity="cumulative_effect", of="gap")
+    assert share.value == pytest.approx(1, abs=1e-3)  # nothing but heads differs
+    assert {r.control for r in results.select(quantity="cpr")} == {"none", "random"}
     points = results.select(quantity="churn", metric="refusal", floor_from="seed", control="none")
     assert [r.params["floor"] for r in points] == [5.0]
     heads = results.select(quantity="head_attribution", metric="refusal", method="patch", model="pair")
