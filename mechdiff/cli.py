@@ -289,9 +289,8 @@ class MechdiffCLI(LightningCLI):
             origin |= evaluation.origin
         results = Results(records, origin)
         items = [asdict(item) for e in evaluations for item in e.items]
-        write_run(
-            results, items, self.trainer.log_dir if self.keeps else None, self.trainer.logger, Console()
-        )
+        folder = self.trainer.log_dir if self.keeps else None
+        write_run(results, items, folder, self.trainer.logger, Console(), self.stores)
 
     def _coverage(self) -> Iterator[Record]:
         """Yield the share of the target's rows with a partner in the source, by language and positions.

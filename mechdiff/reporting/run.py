@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from mechdiff.data.store import ActivationStore
 from mechdiff.reporting.figures import drawable
 from mechdiff.reporting.table import tables
 from mechdiff.reporting.tensorboard import log_results
@@ -25,6 +26,7 @@ def write_run(
     folder: str | Path | None,
     logger: Logger | None,
     console: Console,
+    stores: Mapping[str, ActivationStore] | None = None,
 ) -> None:
     """Write the table, the values per prompt, figures and TensorBoard, and print a summary with their paths.
 
@@ -34,6 +36,7 @@ def write_run(
         folder: Folder of the run; None prints the summary and writes nothing.
         logger: Logger of the run.
         console: Where to print.
+        stores: States of ``source`` and ``target``, for TensorBoard's projector.
     """
     for table in tables(results):
         console.print(table)
@@ -48,7 +51,7 @@ def write_run(
         path = folder / "figures" / file
         plot(results, path)
         paths[f"figure {number}" if number else "figure"] = path
-    log_results(logger, results)
+    log_results(logger, results, stores)
     paths["TensorBoard"] = folder.parent
     for what, path in paths.items():
         console.print(f"{what:>12}  {path}", soft_wrap=True, highlight=False)

@@ -242,6 +242,6 @@ def test_tensorboard_tells_heads_apart(results: Results, tmp_path: Path) -> None
     scalars = read(tmp_path).Tags()
     assert {"figures/head_maps", "figures/head_churn", "figures/head_cumulative"} <= set(scalars["images"])
     assert any("head=17.3" in tag for tag in scalars["scalars"])
-    pages = [tag for tag in scalars["scalars"] if tag.startswith("rq4_by_layer")]
-    assert pages  # completeness by layer
-    assert not [tag for tag in pages if "head=" in tag]
+    curves = [tag for tag in scalars["scalars"] if tag.startswith("by_")]
+    assert any(tag.startswith("by_k/rq4/cumulative_effect") for tag in curves)
+    assert not [tag for tag in curves if "head=" in tag]

@@ -1,45 +1,286 @@
 """What TensorBoard reads back is what the records say."""
 
+from __future__ import annotations
+
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from google.protobuf import text_format
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch.utils.tensorboard import SummaryWriter
 
+from mechdiff.data.manifest import Example
+from mechdiff.data.store import ActivationStore, Rows
+from mechdiff.interventions.sites import SUFFIX, USER, Site
+from mechdiff.reporting.curves import PAGES, curves
+from mechdiff.reporting.hyperparameters import COLUMNS, HEADLINES, MORE, headlines
+from mechdiff.reporting.projector import HEADER, components, log_states, spoken_of
 from mechdiff.reporting.tensorboard import log_results, tagged
 from mechdiff.results import Record, Results
-from tests.reporting.make import map_run
+from tests.reporting.make import divergence_run, map_run
+from tests.reporting.make_heads import head_run
+from tests.reporting.make_steering import steering_run
 
-TAG = "rq2/resid_post.19/r2_delta/last"
+TAG = "resid_post.19/r2_delta/last"
 
 
 def read(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
     return events.Reload()
+
+
+def layout_of(events: EventAccumulator) -> Layout:
+    """Return the layout of the custom scalars."""
+    (event,) = events.Tensors("custom_scalars__config__")
+    return Layout.FromString(event.tensor_proto.string_val[0])
+
+
+def started(events: EventAccumulator) -> dict[str, str | float]:
+    """Return the hyperparameters that a run has values of."""
+    content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    found = metadata.parse_session_start_info_plugin_data(content).hparams
+    return {k: getattr(v, str(v.WhichOneof("kind"))) for k, v in found.items()}
+
+
+def columns(events: EventAccumulator) -> tuple[list[str], list[str]]:
+    """Return the hyperparameters and the metrics that TensorBoard makes columns of."""
+    content = events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    found = metadata.parse_experiment_plugin_data(content)
+    return [h.name for h in found.hparam_infos], [m.name.tag for m in found.metric_infos]
+
+
+def check_layout(events: EventAccumulator) -> dict[str, list[str]]:
+    """Check that every chart has something to show; return the titles by category."""
+    scalars, layout = events.Tags()["scalars"], layout_of(events)
+    for chart in (chart for category in layout.category for chart in category.chart):
+        series = [tag for s in chart.margin.series for tag in (s.value, s.lower, s.upper)]
+        assert set(series) <= set(scalars), chart.title
+        for pattern in chart.multiline.tag:
+            assert [tag for tag in scalars if re.match(pattern, tag)], pattern
+        assert series or len(chart.multiline.tag) > 1, chart.title
+    return {category.title: [chart.title for chart in category.chart] for category in layout.category}
 
 
 @pytest.mark.parametrize("kind", ["lightning", "writer"])
 def test_scalars_figures_curves_and_hyperparameters(kind: str, tmp_path: Path) -> None:
     results = map_run([12, 19])
     logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
+    logger.log_hyperparams({"solver": "ridge", "positions": ["last", "user"], "rank": None, "lambdas": [1.0]})
     log_results(logger if kind == "lightning" else SummaryWriter(str(tmp_path)), results, step=3)
     events = read(tmp_path)
-    value = results.select(quantity="r2_delta", site="resid_post.19", positions="last", control="none")[
-        0
-    ].value
+    (r,) = results.select(quantity="r2_delta", site="resid_post.19", positions="last", control="none")
     scalars = events.Scalars(TAG)
-    assert [(s.step, round(s.value, 5)) for s in scalars] == [(3, round(value, 5))]
-    assert "rq2/resid_post.19/kl_mapped/last/wrong_layer" in events.Tags()["scalars"]
-    assert "rq2/resid_post.12/r2_delta/last" not in events.Tags()["scalars"]  # gap too small
+    assert [(s.step, round(s.value, 5)) for s in scalars] == [(3, round(r.value, 5))]
+    names = events.Tags()["scalars"]
+    assert "resid_post.19/kl_mapped/last/wrong_layer" in names
+    assert "resid_post.12/r2_delta/last" not in names, "the gap is too small"
+    groups = {name.partition("/")[0] for name in names}
+    assert groups == {"resid_post.12", "resid_post.19", "by_layer", "ends", "headline"}
     assert {"figures/clt", "figures/patch"} == set(events.Tags()["images"])
-    curve = events.Scalars("rq2_by_layer/resid_post/kl_raw/last/value")
-    assert [s.step for s in curve] == [12, 19]
-    assert "custom_scalars__config__" in events.Tags()["tensors"]
-    plugins = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    assert b"pair/name" in plugins
-    assert TAG.encode() in events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    for tag, of in (("by_layer/rq2/resid_post/kl_raw/last", "value"), ("ends/{}/low", "low")):
+        curve = events.Scalars(tag.format("by_layer/rq2/resid_post/kl_raw/last"))
+        want = results.select(quantity="kl_raw", positions="last", control="none")
+        assert [(s.step, s.value) for s in curve] == [
+            (layer, pytest.approx(getattr(r, of))) for layer, r in zip((12, 19), want, strict=True)
+        ]
+    assert started(events)["pair"] == "cultural_smol"
+    assert started(events)["solver"] == "ridge"
+    assert started(events)["prompts"] == 131
+    assert started(events)["seed"] == 17
+    assert started(events).get("positions") == ("last, user" if kind == "lightning" else None)
+    assert not {"rank", "lambdas", "k"} & started(events).keys()
+    assert [s.value for s in events.Scalars("headline/r2_delta")] == [pytest.approx(r.value)]
+    assert [s.value for s in events.Scalars("headline/r2_delta/low")] == [pytest.approx(r.low)]
+
+
+RUNS = {
+    "rq1": (divergence_run, [[0, 2, 4, 6]]),
+    "rq2": (map_run, [[6, 12, 18]]),
+    "rq3": (steering_run, []),
+    "rq4": (head_run, []),
+}
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EventAccumulator]:
+    """Return what was logged of a run of each question, without its figures."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mechdiff.reporting.tensorboard.drawable", lambda results: [])
+        for question, (make, args) in RUNS.items():
+            log_results(SummaryWriter(str(root / question)), make(*args))
+    return {question: read(root / question) for question in RUNS}
+
+
+def test_every_run_names_the_columns_of_all_questions(logged: dict[str, EventAccumulator]) -> None:
+    for question, events in logged.items():
+        names, metrics = columns(events)
+        assert names == [*COLUMNS, *MORE]
+        assert metrics == [f"headline/{name}" for name in HEADLINES]
+        own = {f"headline/{name}" for name, (asked, *_) in HEADLINES.items() if asked == question}
+        held = {tag for tag in metrics if tag in events.Tags()["scalars"]}
+        assert held, f"{question} has a headline"
+        assert held <= own
+        assert started(events)["question"] == question
+
+
+def test_the_custom_layout_has_a_page_for_every_question(logged: dict[str, EventAccumulator]) -> None:
+    titles: dict[str, list[str]] = {}
+    for events in logged.values():
+        titles |= check_layout(events)
+    assert list(titles) == list(PAGES)
+    by_k = "\n".join(titles["RQ3 against k: effect of a handle"])
+    assert "interchange_recovery, last, edit=interchange, 95 % interval" in by_k
+    assert "interchange_recovery, last, edit=interchange, beside its controls" in by_k
+    assert any("kl_raw and kl_mapped" in t for t in titles["RQ2 by layer: KL, what a patched state costs"])
+
+
+def test_a_curve_over_k_has_the_strength_chosen_for_each_k() -> None:
+    def cell(k: int, alpha: float, value: float, **more: object) -> Record:
+        about = {"site": "resid_post.3", "split": "eval", "positions": "last", "unit": "fraction"}
+        params = {"edit": "interchange", "k": k, "alpha": alpha}
+        return Record("rq3", "interchange_recovery", value, 9, **{**about, "params": params, **more})
+
+    records = [cell(1, 0.5, 0.1), cell(4, 2.0, 0.4), cell(4, 2.0, 0.05, control="random")]
+    records += [cell(1, 1.0, 0.3, split="dev"), cell(1, 2.0, 0.3, split="dev")]
+    own, random = curves(Results(records), "rq3", "interchange_recovery", "k")
+    assert {k: r.value for k, r in own.points.items()} == {1: 0.1, 4: 0.4}
+    assert own.tag == "by_k/rq3/interchange_recovery/last"
+    assert random.tag == "by_k/rq3/interchange_recovery/last/random"
+    assert random.belongs_to(own.cell)
+
+
+def test_two_sites_are_two_curves_over_k_and_a_matrix_is_none_over_layers() -> None:
+    about = {"question": "rq3", "n": 9, "unit": "fraction", "split": "eval"}
+    sites = [
+        Record(quantity="steer_effect", value=0.1, site=f"resid_post.{i}", params={"k": 1}, **about)
+        for i in (1, 2)
+    ]
+    found = curves(Results(sites), "rq3", "steer_effect", "k")
+    assert [c.tag.rpartition("/")[2] for c in found] == ["site=resid_post.1", "site=resid_post.2"]
+    (curve,) = curves(divergence_run([0, 2, 4]), "rq1", "cka_debiased", "layer")[:1]
+    assert sorted(curve.points) == [0, 2, 4]
+    assert not any("matrix" in r.params for r in curve.points.values())
+
+
+def test_headlines_are_the_numbers_of_the_report() -> None:
+    results = divergence_run([0, 2, 4, 6])
+    (layer,) = results.select(quantity="chosen_layer", by="cka_debiased", rank=1)
+    assert headlines(results)["layer"] == layer
+    assert headlines(results)["patch_recovery"].site == layer.site
+    assert headlines(Results([])) == {}
+
+
+class Held(ActivationStore):
+    """A store in memory, of one token of text and two of a template for each prompt."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.states, n = states, len(states)
+        self.examples = [
+            Example(f"p{i}", "en", "target" if i % 2 else "neutral", f"s{i}", "t0") for i in range(n)
+        ]
+        self.sites, self.suffix = [Site(2)], [b"a", b"b"]
+        example = torch.arange(n).flip(0).repeat_interleave(3)
+        self.rows = Rows(
+            example,
+            torch.tensor([USER, SUFFIX, SUFFIX]).repeat(n),
+            torch.tensor([4, -2, -1]).repeat(n),
+            torch.tensor([1, 2, 3]).repeat(n),
+        )
+
+    def read(self, site: Site | str, rows: torch.Tensor | None = None) -> torch.Tensor:
+        assert rows is not None
+        return self.states[self.rows.example[rows]]
+
+
+def written(folder: Path) -> dict[str, tuple[torch.Tensor, list[list[str]]]]:
+    """Read the projector's tables: states, and what is known of each row."""
+    config = text_format.Parse((folder / "projector_config.pbtxt").read_text(), ProjectorConfig())
+    found = {}
+    for table in config.embeddings:
+        states, known = (
+            [line.split("\t") for line in (folder / path).read_text(encoding="utf-8").splitlines()]
+            for path in (table.tensor_path, table.metadata_path)
+        )
+        assert known[0] == HEADER
+        name = table.tensor_name.partition(":")[0]
+        found[name] = torch.tensor([list(map(float, row)) for row in states]), known[1:]
+    return found
+
+
+PROPOSED = Results(
+    [
+        Record(
+            "rq1",
+            "chosen_layer",
+            2,
+            9,
+            "layer",
+            site="resid_post.2",
+            params={"by": "cka_debiased", "rank": 1},
+        ),
+    ]
+)
+
+
+def test_the_projector_shows_both_models_by_class(tmp_path: Path) -> None:
+    draws = torch.Generator().manual_seed(0)
+    states = {
+        role: torch.randn(6, 5, generator=draws) + shift for role, shift in (("source", 0), ("target", 3))
+    }
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_states(writer, PROPOSED, {role: Held(part) for role, part in states.items()})
+    ((name, (shown, known)),) = written(tmp_path).items()
+    assert name == "resid_post.2"
+    assert [row[:3] for row in known[:2]] == [
+        ["neutral, base", "neutral", "base"],
+        ["target, base", "target", "base"],
+    ]
+    assert [row[-1] for row in known] == [f"p{i}" for i in range(6)] * 2
+    assert {row[0] for row in known} == {
+        f"{c}, {m}" for c in ("target", "neutral") for m in ("base", "tuned")
+    }
+    whole = torch.cat([states["source"], states["target"]])
+    assert torch.allclose(torch.cdist(shown, shown), torch.cdist(whole, whole), atol=0.02)
+
+
+def test_the_projector_has_at_most_as_many_rows_as_it_can_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechdiff.reporting.projector.ROWS", 8)
+    states = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_states(writer, PROPOSED, {"source": Held(states), "target": Held(states[:, :3])})
+    tables = written(tmp_path)
+    assert set(tables) == {"resid_post.2.base", "resid_post.2.tuned"}, "their widths differ"
+    one, other = tables.values()
+    assert len(one[0]) == len(other[0]) == 4
+    assert [row[-1] for row in one[1]] == [row[-1] for row in other[1]]
+
+
+def test_without_states_there_is_no_projector(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_states(writer, PROPOSED, {})
+        log_states(writer, head_run(), {"source": Held(torch.zeros(2, 2))})
+    assert not (tmp_path / "projector_config.pbtxt").exists()
+    assert spoken_of(steering_run()) == ["resid_post.21"]
+    assert spoken_of(map_run([6, 12])) == ["resid_post.6", "resid_post.12"]
+
+
+def test_components_keep_distances_and_write_short() -> None:
+    states = torch.randn(30, 12, generator=torch.Generator().manual_seed(0)) * 700 + 40
+    found = components(states, 12)
+    assert torch.allclose(torch.cdist(found, found), torch.cdist(states, states).double(), atol=5)
+    assert components(states, 3).shape == (30, 3)
+    assert max(len(repr(float(x))) for x in found.flatten()) <= 8
+    assert torch.equal(components(torch.ones(4, 2)), torch.zeros(4, 2, dtype=torch.float64))
 
 
 def test_no_logger_or_a_dummy_logs_nothing(tmp_path: Path) -> None:
@@ -59,7 +300,21 @@ def test_tags_tell_records_apart_by_what_differs() -> None:
     records = [Record(**record, params={"k": k, "alpha": 1.0}) for k in (1, 2)]
     records.append(Record(**record, params={"k": 2, "alpha": 1.0}, split="dev", model="tuned"))
     assert list(tagged(Results(records))) == [
-        "rq3/model/steer_effect/k=1",
-        "rq3/model/steer_effect/k=2",
-        "rq3/model/steer_effect/tuned",
+        "model/steer_effect/k=1",
+        "model/steer_effect/k=2",
+        "model/steer_effect/tuned",
+    ]
+
+
+def test_a_line_has_one_name_at_all_layers() -> None:
+    about = {"question": "rq1", "quantity": "patch_recovery", "value": 0.1, "n": 4, "unit": "fraction"}
+    records = [
+        Record(**about, site=f"resid_post.{i}", params={"prompts": which})
+        for i, kinds in ((1, ["curve"]), (2, ["curve", "all"]))
+        for which in kinds
+    ]
+    assert list(tagged(Results(records))) == [
+        "resid_post.1/patch_recovery/prompts=curve",
+        "resid_post.2/patch_recovery/prompts=curve",
+        "resid_post.2/patch_recovery/prompts=all",
     ]
