@@ -1,6 +1,7 @@
 """What a study consists of: one run per pair and question in fixed folders.
 
-1. ``<out>/<pair>/<question>/`` holds a run as train.py or evaluate.py leave it, and a marker once it is done.
+1. ``<out>/<pair>/<question>/`` holds a run as train.py or evaluate.py leave it, and a marker once it is done
+   that knows its table.
 2. ``<out>/study.json`` says which study a folder holds; another one is refused.
 3. A question that was cut off begins anew, from an empty folder; what is done is not run again. Layers that
    RQ1 proposes are handed to the questions after it, which are run again where it proposes others.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ from mechdiff import prepare
 from mechdiff.errors import ConfigError
 from mechdiff.pairs.spec import PairSpec
 from mechdiff.parser import OneLineParser
-from mechdiff.reporting.report.runs import STUDY, TABLE
+from mechdiff.reporting.report.runs import STUDY, TABLE, planned
 from mechdiff.results import Results, handed_on
 
 RUNS = {"rq1": ("test", "rq1"), "rq2": ("fit", "clt"), "rq3": ("fit", "steering"), "rq4": ("test", "rq4")}
@@ -65,8 +67,9 @@ class Step:
 
     @property
     def ended(self) -> bool:
-        """Whether it has run to the end, whatever RQ1 proposes by now."""
-        return (self.folder / MARKER).is_file() and (self.folder / TABLE).is_file()
+        """Whether it has run to the end and its table is the one it left, whatever RQ1 proposes by now."""
+        table = self.folder / TABLE
+        return table.is_file() and self._marker.get("results") == _digest(table)
 
     @property
     def done(self) -> bool:
@@ -89,7 +92,7 @@ class Step:
     def layers(self) -> list[str] | None:
         """The sites that RQ1 of the pair proposes, None as long as it has not."""
         table = self._scan
-        if not (table.is_file() and table.with_name(MARKER).is_file()):
+        if not (table.is_file() and _read(table.with_name(MARKER)).get("results") == _digest(table)):
             return None
         return list(_proposed(table, table.stat().st_mtime_ns)) or None
 
@@ -99,7 +102,7 @@ class Step:
 
     @property
     def _marker(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / MARKER).read_text(encoding="utf-8")))
+        return _read(self.folder / MARKER)
 
     def begin(self) -> None:
         """Make an empty folder: nothing of an earlier attempt is mixed in."""
@@ -108,10 +111,9 @@ class Step:
 
     def end(self, seconds: float) -> None:
         """Mark it as done."""
-        digest = hashlib.sha256((self.folder / TABLE).read_bytes()).hexdigest()
-        body: dict[str, Any] = {"seconds": round(seconds, 1), "results": digest}
+        body: dict[str, Any] = {"seconds": round(seconds, 1), "results": _digest(self.folder / TABLE)}
         body |= {"layers": self.layers} if self.takes_layers else {}
-        (self.folder / MARKER).write_text(json.dumps(body) + "\n")
+        _write(self.folder / MARKER, body)
 
     def arguments(self, more: Sequence[str] = ()) -> list[str]:
         """Return the command line of its run.
@@ -192,9 +194,8 @@ def claim(out: Path, pairs: Sequence[Path], quick: bool, more: Sequence[str]) ->
         s.name: hashlib.sha256(json.dumps(asdict(s), sort_keys=True).encode()).hexdigest() for s in specs
     }
     wanted = {"pairs": digests, "quick": quick, "options": list(more)}
-    file = out / STUDY
-    if file.is_file():
-        held = json.loads(file.read_text(encoding="utf-8"))
+    file, held = out / STUDY, planned(out)
+    if held is not None:
         changed = [key for key in wanted if held.get(key) != wanted[key]]
         if changed:
             names, kind = ", ".join(held.get("pairs", {})), ", quick" if held.get("quick") else ""
@@ -204,10 +205,33 @@ def claim(out: Path, pairs: Sequence[Path], quick: bool, more: Sequence[str]) ->
                 "resume it with the same, or write elsewhere (key: --out)"
             )
         return
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and {path.name for path in out.iterdir()} - {_part(file).name}:
         raise ConfigError(f"{out} is not empty and holds no study; give another folder (key: --out)")
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    _write(file, wanted)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read a marker; empty where there is none, or it is none."""
+    try:
+        body = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _write(file: Path, body: dict[str, Any]) -> None:
+    """Write a file whole or not at all: a study may be killed at any time."""
+    _part(file).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    os.replace(_part(file), file)
+
+
+def _part(file: Path) -> Path:
+    return file.with_name(f"{file.name}.part")
+
+
+def _digest(table: Path) -> str:
+    return hashlib.sha256(table.read_bytes()).hexdigest()
 
 
 @cache

@@ -24,7 +24,7 @@ from mechdiff.functional.contrast import independent_difference
 from mechdiff.functional.stats import Interval
 from mechdiff.reporting.report.runs import read_study
 from mechdiff.results import Results
-from mechdiff.study import plan
+from mechdiff.study import Step, claim, plan
 from tests.reporting.report.make_study import study as plausible
 from tests.workspace import ROOT, run, workspace, write_pair
 
@@ -131,7 +131,7 @@ def test_pairs_are_compared_by_records(finished: Path) -> None:
 def test_what_was_cut_off_is_run_again_alone_and_gives_the_same(place: Path, finished: Path, capsys) -> None:
     before = {(p, q): records(finished, p, q) for p in ("tiny", "other") for q in ("rq1", "rq2")}
     times = {key: (finished / Path(*key) / "results.json").stat().st_mtime_ns for key in before}
-    (finished / "tiny" / "rq2" / "done.json").unlink()
+    (finished / "tiny" / "rq2" / "done.json").write_text('{"seconds": 1')
     (finished / "tiny" / "rq2" / "results.json").write_text("{")
     assert study(place, finished) == 0
     said = capsys.readouterr().out
@@ -140,6 +140,44 @@ def test_what_was_cut_off_is_run_again_alone_and_gives_the_same(place: Path, fin
     assert {key: records(finished, *key) for key in before} == before
     again = {key: (finished / Path(*key) / "results.json").stat().st_mtime_ns for key in before}
     assert [key for key in before if again[key] != times[key]] == [("tiny", "rq2")]
+
+
+def test_a_question_is_done_while_its_table_is_the_one_it_left(tmp_path: Path) -> None:
+    config = tmp_path / "rq1_cultural.yaml"
+    config.write_text("layers: stride\n")
+    step = Step(tmp_path / "pair.yaml", "tiny", "rq1", (config,), tmp_path / "out")
+    step.begin()
+    table, marker = step.folder / "results.json", step.folder / "done.json"
+    assert not step.done
+    table.write_text("{}")
+    assert not step.done, "no marker"
+    step.end(2.0)
+    assert step.done
+    assert step.seconds == 2.0
+    whole = marker.read_text()
+    marker.write_text(whole[:20])
+    assert not step.done, "half a marker"
+    marker.write_text(whole)
+    assert step.done
+    table.write_text('{"schema": 1}')
+    assert not step.done, "another table"
+    table.unlink()
+    assert not step.done, "no table"
+    assert not list(step.folder.glob("*.part"))
+
+
+def test_a_study_that_cannot_be_read_is_refused_in_one_line(place: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "study"
+    out.mkdir()
+    (out / "study.json.part").write_text("{")  # cut off before anything was run
+    claim(out, [place / "pair.yaml"], quick=False, more=[])
+    assert [p.name for p in out.iterdir()] == ["study.json"]
+    (out / "study.json").write_text('{"pairs":')
+    for command in (lambda: study(place, out, pairs=("pair",)), lambda: main(["report", str(out)])):
+        assert command() == 2
+        error = capsys.readouterr().err
+        assert "study.json does not say of which study it is" in error
+        assert error.count("\n") == 1
 
 
 def test_another_study_is_refused(place: Path, finished: Path, tmp_path: Path, capsys) -> None:

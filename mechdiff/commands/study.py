@@ -112,6 +112,7 @@ def _study(given: argparse.Namespace, more: Sequence[str]) -> int:
     compare(read_study([out]))
     for path in write_report([out], out, not given.no_figures):
         console.print(f"report  {path}", soft_wrap=True, highlight=False)
+    console.print(f"TensorBoard  tensorboard --logdir {out}", soft_wrap=True, highlight=False)
     return 2 if failed else 0
 
 

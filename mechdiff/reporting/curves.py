@@ -53,6 +53,10 @@ PAGES: dict[str, tuple[str, Axis, tuple[tuple[str, ...], ...]]] = {
 """Categories of the custom scalars: question, what the curves run over, and the quantities of each chart."""
 
 
+PLACED = ("positions", "model")
+"""Attributes of a record that its controls share."""
+
+
 @dataclass
 class Curve:
     """Records that differ in their place on the axis alone.
@@ -120,7 +124,7 @@ def curves(results: Results, question: str, quantity: str, axis: Axis) -> list[C
     for r, (name, telling) in zip(held, named, strict=True):
         place = [component(str(r.site))] if axis == "layer" else []
         tag = "/".join([f"by_{axis}", question, *place, name])
-        cell = {"positions": r.positions, "model": r.model, **telling}
+        cell = {**{key: getattr(r, key) for key in PLACED}, **telling}
         x = layer(str(r.site)) if axis == "layer" else int(r.params["k"])
         found.setdefault(tag, Curve(tag, cell)).points[x] = r
     return list(found.values())
@@ -204,12 +208,16 @@ def _charts(found: Sequence[Curve], quantities: Sequence[str]) -> Iterator[tuple
         if any(r.low is not None or r.high is not None for r in curve.points.values()):
             ends = [f"ends/{curve.tag}/{end}" for end in ("low", "high")]
             yield f"{_title(curve)}, 95 % interval", ["Margin", [curve.tag, *ends]]
-    cells = {repr(curve.cell): curve for curve in own}
-    for curve in cells.values():
-        beside = [c.tag for c in found if c.belongs_to(curve.cell)]
+    for cell in {repr(curve.cell): curve.cell for curve in own}.values():
+        beside = [curve for curve in found if curve.belongs_to(cell)]
         if len(beside) > 1:
-            which = _title(curve).replace(quantities[0], " and ".join(quantities), 1)
-            yield f"{which}, beside its controls", ["Multiline", [f"^{re.escape(tag)}$" for tag in beside]]
+            named = " and ".join(q for q in quantities if any(q in curve.tag for curve in beside))
+            told = [
+                named,
+                *(str(v) if k in PLACED else f"{k}={v}" for k, v in cell.items() if v not in ("pair", None)),
+            ]
+            patterns = [f"^{re.escape(curve.tag)}$" for curve in beside]
+            yield f"{', '.join(told)}, beside its controls", ["Multiline", patterns]
 
 
 def _title(curve: Curve) -> str:

@@ -115,11 +115,9 @@ def read_study(places: Sequence[str | Path], beside: str | Path | None = None) -
     """
     if not places:
         raise ConfigError("no run is given; give folders or results.json files: mechdiff report RUN ...")
-    planned = [
-        json.loads(file.read_text(encoding="utf-8")) for p in places if (file := Path(p) / STUDY).is_file()
-    ]
-    quick = any(bool(study.get("quick")) for study in planned)
-    pairs = {name: Pair(name) for study in planned for name in study.get("pairs", {})}
+    plans = [plan for place in places if (plan := planned(place))]
+    quick = any(bool(plan.get("quick")) for plan in plans)
+    pairs = {name: Pair(name) for plan in plans for name in plan["pairs"]}
     contrasts = Results()
     for path in _tables(places):
         results = Results.read(path)
@@ -143,6 +141,26 @@ def read_study(places: Sequence[str | Path], beside: str | Path | None = None) -
         pair.runs = {q: pair.runs[q] for q in QUESTIONS if q in pair.runs}
     ordered = sorted(pairs.values(), key=lambda pair: pair.spec.get("domain") == "cognitive")
     return Study(ordered, contrasts, quick)
+
+
+def planned(folder: str | Path) -> dict[str, Any] | None:
+    """Return what a folder says of the study that it holds, None if it holds none.
+
+    Raises:
+        ConfigError: If that cannot be read.
+    """
+    file = Path(folder) / STUDY
+    if not file.is_file():
+        return None
+    try:
+        plan = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        plan = None
+    if not (isinstance(plan, dict) and isinstance(plan.get("pairs"), dict)):
+        raise ConfigError(
+            f"{file} does not say of which study it is; restore it, or write elsewhere (key: --out)"
+        )
+    return plan
 
 
 def _tables(places: Sequence[str | Path]) -> Iterator[Path]:
