@@ -18,6 +18,7 @@ from mechdiff.__main__ import VERBS
 from mechdiff.__main__ import main as command
 from mechdiff.cli import MechdiffCLI
 from mechdiff.results import Results
+from tests.reporting.events import check_layout, columns, read, started, states_of
 from tests.workspace import ROOT, config, everything, run, save_model, small, workspace, write_pair
 
 SITES = ["resid_post.1", "resid_post.2"]
@@ -197,6 +198,26 @@ def test_what_a_run_leaves(fitted: Path) -> None:
     items = pq.read_table(fitted / "items.parquet").to_pylist()
     assert {item["site"] for item in items} == set(SITES)
     assert not [path for path in found if path.endswith(".part")]
+
+
+def test_tensorboard_has_hyperparameters_and_states_of_a_fit(fitted: Path) -> None:
+    events = read(fitted)
+    held = started(events)
+    assert {k: held[k] for k in ("pair", "question", "sites", "solver", "seed")} == {
+        "pair": "tiny",
+        "question": "rq2",
+        "sites": ", ".join(SITES),
+        "solver": "ridge",
+        "seed": 17,
+    }
+    assert set(columns(events)[0]) >= held.keys()
+    titles = check_layout(events)
+    assert any(
+        "r2_delta" in title for title in titles["RQ2 by layer: R², how much of the difference a map explains"]
+    )
+    tables = states_of(fitted)
+    assert set(tables) == set(SITES)
+    assert all({row[1] for row in known} == {"target", "neutral"} for _, known in tables.values())
 
 
 def test_records_are_read_as_they_were_written(fitted: Path, tmp_path: Path) -> None:

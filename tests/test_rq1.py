@@ -9,8 +9,10 @@ import torch
 
 from mechdiff.errors import PromptError
 from mechdiff.prepare import fitting
-from mechdiff.results import Results
+from mechdiff.reporting.hyperparameters import headlines
+from mechdiff.results import Results, handed_on
 from tests.callbacks.pairs import pair
+from tests.reporting.events import check_layout, read, started, states_of
 from tests.toys import loaded, prompts
 from tests.workspace import config, run, workspace
 
@@ -72,6 +74,27 @@ def test_a_run_answers_the_question_and_leaves_its_parts(measured: Path) -> None
     assert (measured / "items.parquet").is_file()
     assert (measured / "config.yaml").is_file()
     assert not (measured / "checkpoints").exists()
+
+
+def test_tensorboard_has_its_curves_its_headlines_and_states_of_both_models(measured: Path) -> None:
+    events, results = read(measured), Results.read(measured / "results.json")
+    tags = events.Tags()
+    assert {"resid_post.0", "resid_post.2", "by_layer", "model"} <= {
+        t.partition("/")[0] for t in tags["scalars"]
+    }
+    assert set(tags["images"]) == {f"figures/{path.stem}" for path in (measured / "figures").iterdir()}
+    assert any("patch_recovery" in title for titles in check_layout(events).values() for title in titles)
+    assert (started(events)["pair"], started(events)["question"]) == ("tiny", "rq1")
+    for name, record in headlines(results).items():
+        (scalar,) = events.Scalars(f"headline/{name}")
+        assert scalar.value == pytest.approx(record.value)
+    tables = states_of(measured)
+    assert set(tables) == {r.site for r in handed_on(results)}
+    for states, known in tables.values():
+        assert {row[0] for row in known} == {
+            f"{c}, {m}" for c in ("target", "neutral") for m in ("base", "tuned")
+        }
+        assert len(states) == len(known) == 2 * len({row[-1] for row in known})
 
 
 @pytest.mark.parametrize(("flags", "by"), [([], "cka_debiased"), (["rankings_disagree"], "patch_increment")])

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mechdiff.results import Results
+from tests.reporting.events import check_layout, read, started
 from tests.workspace import config, run, workspace
 
 
@@ -26,6 +27,10 @@ def test_a_run_answers_the_question_and_leaves_its_parts(tmp_path: Path) -> None
     prompts = {item["prompt"] for item in items}
     assert len(items) == len(prompts) * 2 * 16
     assert (folder / "config.yaml").is_file()
+    events = read(folder)
+    assert started(events)["question"] == "rq4"
+    assert any("cumulative_effect" in title for titles in check_layout(events).values() for title in titles)
+    assert not (folder / "projector_config.pbtxt").exists(), "no states are stored"
 
 
 def test_there_is_nothing_to_fit(tmp_path: Path, capsys) -> None:

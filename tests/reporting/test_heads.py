@@ -19,8 +19,8 @@ from mechdiff.reporting.heads import by_head, how, plot_head_maps
 from mechdiff.reporting.table import head_table, tables
 from mechdiff.reporting.tensorboard import log_results, tagged
 from mechdiff.results import Results
+from tests.reporting.events import read
 from tests.reporting.make_heads import CHANGED, HEADS, KS, LAYERS, MAIN, head_run, identical_run
-from tests.reporting.test_tensorboard import read
 
 PLOTS = [
     plot_head_maps,

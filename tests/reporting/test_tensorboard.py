@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from google.protobuf import text_format
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
-from tensorboard.plugins.hparams import metadata
-from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch.utils.tensorboard import SummaryWriter
 
 from mechdiff.data.manifest import Example
@@ -21,51 +16,15 @@ from mechdiff.data.store import ActivationStore, Rows
 from mechdiff.interventions.sites import SUFFIX, USER, Site
 from mechdiff.reporting.curves import PAGES, curves
 from mechdiff.reporting.hyperparameters import COLUMNS, HEADLINES, MORE, headlines
-from mechdiff.reporting.projector import HEADER, components, log_states, spoken_of
+from mechdiff.reporting.projector import components, log_states, spoken_of
 from mechdiff.reporting.tensorboard import log_results, tagged
 from mechdiff.results import Record, Results
+from tests.reporting.events import check_layout, columns, read, started, states_of
 from tests.reporting.make import divergence_run, map_run
 from tests.reporting.make_heads import head_run
 from tests.reporting.make_steering import steering_run
 
 TAG = "resid_post.19/r2_delta/last"
-
-
-def read(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
-    return events.Reload()
-
-
-def layout_of(events: EventAccumulator) -> Layout:
-    """Return the layout of the custom scalars."""
-    (event,) = events.Tensors("custom_scalars__config__")
-    return Layout.FromString(event.tensor_proto.string_val[0])
-
-
-def started(events: EventAccumulator) -> dict[str, str | float]:
-    """Return the hyperparameters that a run has values of."""
-    content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
-    found = metadata.parse_session_start_info_plugin_data(content).hparams
-    return {k: getattr(v, str(v.WhichOneof("kind"))) for k, v in found.items()}
-
-
-def columns(events: EventAccumulator) -> tuple[list[str], list[str]]:
-    """Return the hyperparameters and the metrics that TensorBoard makes columns of."""
-    content = events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
-    found = metadata.parse_experiment_plugin_data(content)
-    return [h.name for h in found.hparam_infos], [m.name.tag for m in found.metric_infos]
-
-
-def check_layout(events: EventAccumulator) -> dict[str, list[str]]:
-    """Check that every chart has something to show; return the titles by category."""
-    scalars, layout = events.Tags()["scalars"], layout_of(events)
-    for chart in (chart for category in layout.category for chart in category.chart):
-        series = [tag for s in chart.margin.series for tag in (s.value, s.lower, s.upper)]
-        assert set(series) <= set(scalars), chart.title
-        for pattern in chart.multiline.tag:
-            assert [tag for tag in scalars if re.match(pattern, tag)], pattern
-        assert series or len(chart.multiline.tag) > 1, chart.title
-    return {category.title: [chart.title for chart in category.chart] for category in layout.category}
 
 
 @pytest.mark.parametrize("kind", ["lightning", "writer"])
@@ -200,21 +159,6 @@ class Held(ActivationStore):
         return self.states[self.rows.example[rows]]
 
 
-def written(folder: Path) -> dict[str, tuple[torch.Tensor, list[list[str]]]]:
-    """Read the projector's tables: states, and what is known of each row."""
-    config = text_format.Parse((folder / "projector_config.pbtxt").read_text(), ProjectorConfig())
-    found = {}
-    for table in config.embeddings:
-        states, known = (
-            [line.split("\t") for line in (folder / path).read_text(encoding="utf-8").splitlines()]
-            for path in (table.tensor_path, table.metadata_path)
-        )
-        assert known[0] == HEADER
-        name = table.tensor_name.partition(":")[0]
-        found[name] = torch.tensor([list(map(float, row)) for row in states]), known[1:]
-    return found
-
-
 PROPOSED = Results(
     [
         Record(
@@ -237,7 +181,7 @@ def test_the_projector_shows_both_models_by_class(tmp_path: Path) -> None:
     }
     with SummaryWriter(str(tmp_path)) as writer:
         log_states(writer, PROPOSED, {role: Held(part) for role, part in states.items()})
-    ((name, (shown, known)),) = written(tmp_path).items()
+    ((name, (shown, known)),) = states_of(tmp_path).items()
     assert name == "resid_post.2"
     assert [row[:3] for row in known[:2]] == [
         ["neutral, base", "neutral", "base"],
@@ -258,7 +202,7 @@ def test_the_projector_has_at_most_as_many_rows_as_it_can_show(
     states = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
     with SummaryWriter(str(tmp_path)) as writer:
         log_states(writer, PROPOSED, {"source": Held(states), "target": Held(states[:, :3])})
-    tables = written(tmp_path)
+    tables = states_of(tmp_path)
     assert set(tables) == {"resid_post.2.base", "resid_post.2.tuned"}, "their widths differ"
     one, other = tables.values()
     assert len(one[0]) == len(other[0]) == 4
