@@ -47,11 +47,12 @@ def write_run(
     if items:
         pq.write_table(pa.Table.from_pylist(list(items)), folder / "items.parquet")
         paths["per prompt"] = folder / "items.parquet"
-    for number, (_, file, plot) in enumerate(drawable(results)):
+    figures = {}
+    for number, (name, file, plot) in enumerate(drawable(results)):
         path = folder / "figures" / file
-        plot(results, path)
+        figures[name] = plot(results, path)
         paths[f"figure {number}" if number else "figure"] = path
-    log_results(logger, results, stores)
+    log_results(logger, results, figures, stores)
     paths["TensorBoard"] = folder.parent
     for what, path in paths.items():
         console.print(f"{what:>12}  {path}", soft_wrap=True, highlight=False)

@@ -18,19 +18,20 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from mechdiff.data.store import ActivationStore
 from mechdiff.reporting.curves import log_curves, told_apart
-from mechdiff.reporting.figures import drawable
 from mechdiff.reporting.hyperparameters import log_hyperparameters
 from mechdiff.reporting.projector import log_states
 from mechdiff.results import Record, Results
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 
 def log_results(
     logger: SummaryWriter | Logger | None,
     results: Results,
+    figures: Mapping[str, Figure],
     stores: Mapping[str, ActivationStore] | None = None,
     step: int = 0,
 ) -> None:
@@ -43,6 +44,7 @@ def log_results(
     Args:
         logger: A TensorBoard writer, a Lightning logger, or None to log nothing.
         results: Table of a run.
+        figures: What was drawn from it, by name.
         stores: States of ``source`` and ``target``, for the projector.
         step: Global step of the scalars and figures.
     """
@@ -57,8 +59,8 @@ def log_results(
         writer.add_scalar(tag, value, step)
     log_curves(writer, results)
     log_hyperparameters(logger, writer, results, step)
-    for name, _, plot in drawable(results):
-        writer.add_figure(f"figures/{name}", plot(results), step)
+    for name, figure in figures.items():
+        writer.add_figure(f"figures/{name}", figure, step)
     log_states(writer, results, stores or {})
     writer.flush()
 

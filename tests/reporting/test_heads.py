@@ -238,9 +238,9 @@ def test_tensorboard_tells_heads_apart(results: Results, tmp_path: Path) -> None
     tags = tagged(results)
     assert len(tags) == len(results)
     few = Results([r for r in results if r.site in (None, "head_out.17")])
-    log_results(SummaryWriter(str(tmp_path)), few)
+    assert {"head_maps", "head_churn", "head_cumulative"} <= {name for name, *_ in drawable(few)}
+    log_results(SummaryWriter(str(tmp_path)), few, {})
     scalars = read(tmp_path).Tags()
-    assert {"figures/head_maps", "figures/head_churn", "figures/head_cumulative"} <= set(scalars["images"])
     assert any("head=17.3" in tag for tag in scalars["scalars"])
     curves = [tag for tag in scalars["scalars"] if tag.startswith("by_")]
     assert any(tag.startswith("by_k/rq4/cumulative_effect") for tag in curves)

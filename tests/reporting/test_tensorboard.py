@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -32,7 +33,8 @@ def test_scalars_figures_curves_and_hyperparameters(kind: str, tmp_path: Path) -
     results = map_run([12, 19])
     logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
     logger.log_hyperparams({"solver": "ridge", "positions": ["last", "user"], "rank": None, "lambdas": [1.0]})
-    log_results(logger if kind == "lightning" else SummaryWriter(str(tmp_path)), results, step=3)
+    figures = {name: Figure() for name in ("clt", "patch")}
+    log_results(logger if kind == "lightning" else SummaryWriter(str(tmp_path)), results, figures, step=3)
     events = read(tmp_path)
     (r,) = results.select(quantity="r2_delta", site="resid_post.19", positions="last", control="none")
     scalars = events.Scalars(TAG)
@@ -69,12 +71,10 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EventAccumulator]:
-    """Return what was logged of a run of each question, without its figures."""
+    """Return what was logged of a run of each question."""
     root = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mechdiff.reporting.tensorboard.drawable", lambda results: [])
-        for question, (make, args) in RUNS.items():
-            log_results(SummaryWriter(str(root / question)), make(*args))
+    for question, (make, args) in RUNS.items():
+        log_results(SummaryWriter(str(root / question)), make(*args), {})
     return {question: read(root / question) for question in RUNS}
 
 
@@ -228,13 +228,13 @@ def test_components_keep_distances_and_write_short() -> None:
 
 
 def test_no_logger_or_a_dummy_logs_nothing(tmp_path: Path) -> None:
-    log_results(None, map_run([3]))
-    log_results(DummyLogger(), map_run([3]))
+    log_results(None, map_run([3]), {})
+    log_results(DummyLogger(), map_run([3]), {})
 
 
 def test_another_logger_receives_the_scalars(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-    log_results(logger, map_run([19]), step=2)
+    log_results(logger, map_run([19]), {}, step=2)
     logger.save()
     assert TAG in (tmp_path / "metrics.csv").read_text()
 
