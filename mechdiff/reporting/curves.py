@@ -55,6 +55,8 @@ PAGES: dict[str, tuple[str, Axis, tuple[tuple[str, ...], ...]]] = {
 
 PLACED = ("positions", "model")
 """Attributes of a record that its controls share."""
+FREE = frozenset({"solver", "lambda_", "source_site"})
+"""Parameters in which a control may differ."""
 
 
 @dataclass
@@ -77,8 +79,18 @@ class Curve:
         return next(iter(self.points.values())).control
 
     def belongs_to(self, cell: dict[str, Any]) -> bool:
-        """Whether it is drawn in the chart of a cell: what a control does not have may be missing."""
-        return all(self.cell[k] == v for k, v in cell.items() if k in self.cell)
+        """Whether it is drawn in the chart of a cell: as the quantity itself, or as a control of it.
+
+        A control may lack a parameter, and is fitted in its own way; what else it has must be the cell's.
+        """
+        if self.control == "none":
+            return self.cell == cell
+        return all(
+            {**_cell(r, True), **{name: getattr(r, name) for name in PLACED}}.get(k, v) == v
+            for r in self.points.values()
+            for k, v in cell.items()
+            if k not in FREE
+        )
 
 
 def log_curves(writer: Any, results: Results) -> None:

@@ -6,7 +6,7 @@ hyperparameters and metrics, those of all questions, and has values for its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,7 @@ def log_hyperparameters(logger: Any, writer: Any, results: Results, step: int) -
             if value is not None:
                 writer.add_scalar(f"headline/{name}{end}", value, step)
     known = getattr(logger, "hparams", None)
-    own = hyperparameters(results, known if isinstance(known, Mapping) else {})
-    own["prompts"] = max((r.n for r in found.values()), default=None)
+    own = hyperparameters(results, found.values(), known if isinstance(known, Mapping) else {})
     events = writer._get_file_writer()  # what add_hparams and Lightning do: a run has no other way in
     types = COLUMNS | MORE
     columns = [
@@ -130,22 +129,24 @@ def log_hyperparameters(logger: Any, writer: Any, results: Results, step: int) -
         )
 
 
-def hyperparameters(results: Results, known: Mapping[str, Any]) -> dict[str, Any]:
+def hyperparameters(results: Results, found: Iterable[Record], known: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyperparameters of a run by the names of the columns; None where it has none.
 
     Args:
         results: Table of a run.
+        found: Its headlines, of which the most prompts are counted.
         known: What the logger knows of the module.
     """
     origin = results.provenance
-    found: dict[str, Any] = {name: known.get(name, origin.get(name)) for name in COLUMNS | MORE}
+    own: dict[str, Any] = {name: known.get(name, origin.get(name)) for name in COLUMNS | MORE}
     solvers = [r.params["solver"] for r in results if r.params.get("solver")]
     layers = origin.get("layers")
-    found |= {
+    own |= {
         "pair": pair_name(results) or None,
         "question": Run(Path(), results, "").question,
-        "solver": found["solver"] or next(iter(solvers), None),
+        "prompts": max((r.n for r in found), default=None),
+        "solver": own["solver"] or next(iter(solvers), None),
         "layers_from": layers.get("by", layers.get("from")) if isinstance(layers, dict) else None,
     }
-    joined = {k: ", ".join(map(str, v)) for k, v in found.items() if isinstance(v, list | tuple)}
-    return found | joined
+    joined = {k: ", ".join(map(str, v)) for k, v in own.items() if isinstance(v, list | tuple)}
+    return own | joined

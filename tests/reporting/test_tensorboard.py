@@ -116,6 +116,19 @@ def test_a_curve_over_k_has_the_strength_chosen_for_each_k() -> None:
     assert random.belongs_to(own.cell)
 
 
+def test_a_control_stands_beside_what_it_is_a_control_of() -> None:
+    def cell(edit: str, control: str = "none", **more: object) -> Record:
+        about = {"split": "eval", "positions": "last", "unit": "fraction", "control": control}
+        params = {"edit": edit, "k": 1, "solver": control, **more}
+        return Record("rq3", "interchange_recovery", 0.1, 9, site="resid_post.3", **about, params=params)
+
+    records = [cell("interchange"), cell("mapped"), cell("interchange", "random"), cell("mapped", "shuffled")]
+    found = curves(Results(records), "rq3", "interchange_recovery", "k")
+    interchange, mapped, random, shuffled = found
+    beside = {one.tag: [c for c in found if c.belongs_to(one.cell)] for one in (interchange, mapped)}
+    assert beside == {interchange.tag: [interchange, random], mapped.tag: [mapped, shuffled]}
+
+
 def test_two_sites_are_two_curves_over_k_and_a_matrix_is_none_over_layers() -> None:
     about = {"question": "rq3", "n": 9, "unit": "fraction", "split": "eval"}
     sites = [
