@@ -29,9 +29,15 @@ from mechdiff.reporting.report.runs import Pair, Run
 from mechdiff.reporting.report.view import View
 from mechdiff.results import Record, Results
 
-COLUMNS = {"pair": str, "question": str, "sites": str, "solver": str, "prompts": float}
+COLUMNS: dict[str, Callable[[Any], Any]] = {
+    "pair": str,
+    "question": str,
+    "sites": str,
+    "solver": str,
+    "prompts": float,
+}
 """Hyperparameters shown from the start; TensorBoard shows five."""
-MORE = {
+MORE: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("rank", "k", "seed", "shrinkage", "learning_rate", "weight_decay"), float),
     **dict.fromkeys(("positions", "shrink", "contrast", "layers_from", "dtype", "device"), str),
     **dict.fromkeys(("mechdiff", "commit"), str),
