@@ -1,14 +1,15 @@
-# make env · make demo · make study · make test · make lint
+# make env · make demo · make study · make test · make lint · make docs
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 STAMP  := $(VENV)/.installed
+DOCS   := $(VENV)/.docs
 CONFIG ?= configs/clt_cultural.yaml
 PAIRS  ?= configs/pairs/cultural_smol.yaml configs/pairs/cognitive_smol.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo study test lint format clean
+.PHONY: help env demo study test lint docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +37,13 @@ lint: env ## check style and types
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+docs: $(DOCS) ## build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
+$(DOCS): $(STAMP)
+	$(PIP) install --quiet --editable '.[docs]' --constraint constraints.txt
+	@touch $@
 
 format: env ## rewrite files in the project's style
 	$(PY) -m ruff check --fix

@@ -20,7 +20,7 @@ import mechdiff
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RUNTIME = [Requirement(r) for r in PROJECT["dependencies"]]
-DEV = [Requirement(r) for r in PROJECT["optional-dependencies"]["dev"]]
+DEV = [Requirement(r) for group in PROJECT["optional-dependencies"].values() for r in group]
 PINS = {
     canonicalize_name(name): version
     for name, version in (
