@@ -27,6 +27,8 @@ from mechdiff.results import Record, Results, handed_on
 
 FAST_FAMILIES = 8
 """Groups of prompts (one language, class and topic) that ``fast_dev_run`` keeps."""
+FAST_HELD = 2
+"""Prompts of each other split, language and class that it keeps: heads need two of one class."""
 FALLBACK, STRIDE, FROM_RQ1 = "fallback", "stride", "from_rq1"
 """Words for layers that need to know the models."""
 RESULTS = ".json"
@@ -259,7 +261,7 @@ def few(prompts: Sequence[Prompt]) -> list[Prompt]:
     for prompt in prompts:
         kind = (prompt.split, prompt.lang, prompt.label)
         family = (*kind, prompt.template if prompt.split == "fit" else prompt.id)
-        most = FAST_FAMILIES if prompt.split == "fit" else 1
+        most = FAST_FAMILIES if prompt.split == "fit" else FAST_HELD
         if family not in families and sum(other[:3] == kind for other in families) < most:
             families.add(family)
             kept.append(prompt)
