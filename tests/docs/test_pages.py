@@ -29,7 +29,13 @@ COMMANDS = list(commands())
 ELSEWHERE = {"pip", "tensorboard"}
 """Commands of others."""
 SCRIPTS = {"train.py": "fit", "evaluate.py": "test"}
+QUESTIONS = ["rq1_cultural", "clt_cultural", "steering_cultural", "rq4_cultural"]
 FIELDS = {field.name for field in fields(Record)}
+
+
+def verb_of(name: str) -> str:
+    """Return the verb of a configuration."""
+    return "test" if name.startswith("rq") else "fit"
 
 
 @pytest.fixture
@@ -88,7 +94,8 @@ def understood(verb: str, *rest: str) -> None:
     elif verb == "study":
         given, more = study.parser().parse_known_args(rest)
         assert all(path.is_file() for path in given.pair)
-        assert run("fit", *config(), *more, "--print_config") == 0
+        for name in QUESTIONS:
+            assert run(verb_of(name), *config(name), *more, "--print_config") == 0
     elif verb == "report":
         report.parser().parse_args(rest)
     else:
@@ -121,7 +128,7 @@ def test_the_prompts_of_the_other_domain_are_what_the_page_says(place: Path) -> 
         assert sum(map(len, values)) == len(set().union(*values)), f"a {name} is in two splits or classes"
 
 
-@pytest.mark.parametrize("name", ["rq1_cultural", "clt_cultural", "steering_cultural", "rq4_cultural"])
+@pytest.mark.parametrize("name", QUESTIONS)
 def test_every_question_runs_on_the_files_of_the_other_domain(name: str, place: Path) -> None:
     runpy.run_path("mine/make_prompts.py")
     body = yaml.safe_load((place / "mine" / "pair.yaml").read_text())
@@ -130,9 +137,7 @@ def test_every_question_runs_on_the_files_of_the_other_domain(name: str, place: 
         body[role] = {"id": f"./{role}"}
     (place / "mine" / "pair.yaml").write_text(yaml.safe_dump(body))
     options = ["--pair", "mine/pair.yaml", "--trainer.fast_dev_run=true", "--layers=[1, 2]"]
-    assert (
-        run("fit" if name[0] in "cs" else "test", *config(name), *options, "--trainer.accelerator=cpu") == 0
-    )
+    assert run(verb_of(name), *config(name), *options, "--trainer.accelerator=cpu") == 0
 
 
 # --- another method --------------------------------------------------------------------------------------
