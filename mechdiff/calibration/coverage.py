@@ -12,12 +12,12 @@ No model is run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mechdiff.calibration.cells import Cell
 from mechdiff.calibration.pool import Pool
 from mechdiff.config import SEED
 from mechdiff.functional.contrast import independent_difference
@@ -37,54 +37,11 @@ TARGET = (0.93, 0.97)
 PER_FAMILY = 4
 """Prompts of each family in a sample of families."""
 
+IGNORED = "families taken for prompts"
+"""A mistake, shown beside what is right; nothing is asked of it."""
+
 Sample = Mapping[str, Tensor]
 """Columns of a pool at the prompts of a sample, with ``family`` if whole families are to be resampled."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A share of trials, one line of a calibration table.
-
-    Attributes:
-        question: ``intervals``, or the research question whose method was tried.
-        quantity: What the share is of: ``coverage``, ``power``, ``recall``, ``false_positives``.
-        method: What was tried.
-        kind: On what.
-        strength: How strong the planted difference was; None where there was none.
-        prompts: Number of prompts of each trial.
-        successes: Trials in which it happened.
-        trials: All trials.
-        estimate: Their ratio.
-        low: Lower end of the exact binomial interval.
-        high: Upper end.
-        target: What is asked for: a least share, a greatest one (below one half), or both ends.
-    """
-
-    question: str
-    quantity: str
-    method: str
-    kind: str
-    strength: float | None
-    prompts: int
-    successes: int
-    trials: int
-    estimate: float
-    low: float
-    high: float
-    target: Sequence[float] | float | None
-
-    @classmethod
-    def count(cls, successes: int, trials: int, **about: Any) -> Cell:
-        """Make a cell of a count, with its exact interval."""
-        found = binomial_interval(successes, trials)
-        return cls(
-            successes=successes,
-            trials=trials,
-            estimate=found.value,
-            low=found.low,
-            high=found.high,
-            **about,
-        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +89,9 @@ ESTIMATES: dict[str, Estimate] = {
     "recovery (ratio of sums)": Estimate(_recovery, lambda m: 1 - m["left"] / m["gap"]),
     "difference of recoveries, other prompts": Estimate(_two_recoveries, lambda _: 0.0),
     "proportion, exact": Estimate(
-        lambda s, _: binomial_interval(int(s["tuned"].sum()), len(s["tuned"])), lambda m: m["tuned"], families=False
+        lambda s, _: binomial_interval(int(s["tuned"].sum()), len(s["tuned"])),
+        lambda m: m["tuned"],
+        families=False,
     ),
     "difference of two rates, same prompts": Estimate(
         lambda s, _: paired_difference(s["tuned"].bool().tolist(), s["base"].bool().tolist()),
@@ -150,7 +109,7 @@ def coverage(
     prompts: Sequence[int] = PROMPTS,
     trials: int = TRIALS,
     names: Sequence[str] = tuple(ESTIMATES),
-) -> list[dict[str, Any]]:
+) -> list[Cell]:
     """Count how often intervals hold the pool's own value.
 
     Args:
@@ -167,7 +126,7 @@ def coverage(
     found = []
     for name in names:
         estimate = ESTIMATES[name]
-        for kind in ("prompts", *(("families", "families taken for prompts") if estimate.families else ())):
+        for kind in ("prompts", *(("families", IGNORED) if estimate.families else ())):
             truth = estimate.truth(_means(pool, families if kind != "prompts" else None))
             for n in prompts:
                 held = 0
@@ -177,8 +136,8 @@ def coverage(
                     interval = estimate.interval(sample, draws)
                     held += interval.low <= truth <= interval.high
                 about = {"question": "intervals", "quantity": "coverage", "method": name, "kind": kind}
-                cell = Cell.count(held, trials, **about, strength=None, prompts=n, target=TARGET)
-                found.append(asdict(cell))
+                target = None if kind == IGNORED else TARGET
+                found.append(Cell.count(held, trials, **about, strength=None, prompts=n, target=target))
     return found
 
 

@@ -1,0 +1,131 @@
+"""Which percentiles of resampled statistics bound an estimate.
+
+1. From `BCA_FROM` to below `BCA_BELOW` prompts they are corrected for bias and for the skewness of the
+   estimate (acceleration from the delete-one values); otherwise they are the plain ones.
+2. Tails are expanded: resamples spread too little, by √((n − 1)/n), and know nothing of Student's t. Without
+   this, intervals of normal means over 16 prompts held the truth in 92 % of trials, with it in 95 %.
+3. A resample whose statistic is NaN (a ratio without a denominator) bounds nothing: it pushes both ends
+   outwards, to infinity if there are enough of them.
+
+Source: Efron, Journal of the American Statistical Association 82 (1987) 171 (BCa); Hesterberg, The American
+Statistician 69 (2015) 371 (expanded percentiles); Abramowitz and Stegun (1964), 26.7.3 and 26.7.4 (Student).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+BCA_BELOW = 50
+"""Number of prompts below which percentiles are corrected."""
+
+BCA_FROM = 5
+"""Number of prompts from which they are: with fewer, both ends can move past the estimate."""
+
+
+def corrects(n: int) -> bool:
+    """Say whether percentiles are corrected with so many prompts.
+
+    >>> [corrects(n) for n in (4, 5, 49, 50)]
+    [False, True, True, False]
+    """
+    return BCA_FROM <= n < BCA_BELOW
+
+
+def ends(
+    value: Tensor, drawn: Tensor, n: int | None, level: float, left_out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Bound statistics by percentiles of their resamples.
+
+    Args:
+        value: Estimates, `(statistics,)`.
+        drawn: The same from resamples, `(draws, statistics)`.
+        n: Number of prompts, at least 2, to expand the tails for; None leaves them as they are.
+        level: Coverage.
+        left_out: The estimates without each prompt in turn, `(n, statistics)`: percentiles are corrected by
+            them.
+
+    Returns:
+        Lower and upper ends, `(statistics,)` each, rounded outwards.
+
+    >>> drawn = torch.arange(101, dtype=torch.float64)[:, None]
+    >>> [end.item() for end in ends(torch.tensor([50.0]), drawn, None, 0.9)]
+    [5.0, 95.0]
+    """
+    tails = _tails(level, n, len(value))
+    if left_out is not None:
+        tails = _corrected(tails, value, drawn, left_out)
+    lost, last = drawn.isnan(), len(drawn) - 1
+    found = []
+    for tail, outwards, infinity in ((tails[0], torch.floor, -math.inf), (tails[1], torch.ceil, math.inf)):
+        column = drawn.where(~lost, infinity).sort(0).values
+        place = outwards((tail * last).round(decimals=9)).long().clamp(0, last)  # 0.05 · 100 is 5
+        found.append(column.gather(0, place[None])[0])
+    return found[0], found[1]
+
+
+@lru_cache(maxsize=256)
+def student(level: float, n: int) -> float:
+    """Return the two-sided quantile of Student's t with n − 1 degrees of freedom.
+
+    Args:
+        level: Coverage.
+        n: Number of prompts, at least 2.
+
+    >>> round(student(0.95, 16), 4), round(student(0.95, 1001), 4)
+    (2.1314, 1.9623)
+    """
+    freedom, low, high = n - 1, 0.0, 0.5 * math.pi
+    for _ in range(60):
+        angle = (low + high) / 2
+        low, high = (angle, high) if _within(angle, freedom) < level else (low, angle)
+    return math.tan((low + high) / 2) * math.sqrt(freedom)
+
+
+def student_below(t: float, n: int) -> float:
+    """Return the probability that Student's t with n − 1 degrees of freedom is at most a number.
+
+    Args:
+        t: The number.
+        n: Number of prompts, at least 2.
+
+    >>> round(student_below(2.1314, 16), 4), student_below(0.0, 16)
+    (0.975, 0.5)
+    """
+    inside = _within(math.atan(abs(t) / math.sqrt(n - 1)), n - 1)
+    return 0.5 + math.copysign(inside / 2, t)
+
+
+def _within(angle: float, freedom: int) -> float:
+    """Return P(|t| ≤ √ν tan θ) by its finite sum."""
+    square, term = math.cos(angle) ** 2, 1.0 if freedom % 2 == 0 else math.cos(angle)
+    total = 0.0
+    for i in range(freedom % 2 + 2, freedom + 1, 2):
+        total += term
+        term *= square * (i - 1) / i
+    total *= math.sin(angle)
+    return total if freedom % 2 == 0 else (angle + total) * 2 / math.pi
+
+
+def _tails(level: float, n: int | None, count: int) -> Tensor:
+    """Return the percentiles to read, `(2, count)`, expanded for n prompts."""
+    tail = (1 - level) / 2
+    if n is not None:
+        tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student(level, n))
+    return torch.tensor([[tail], [1 - tail]], dtype=torch.float64).expand(2, count)
+
+
+def _corrected(tails: Tensor, value: Tensor, drawn: Tensor, left_out: Tensor) -> Tensor:
+    """Return the percentiles that correct for bias and acceleration, `(2, statistics)`."""
+    below = ((drawn < value).double() + (drawn <= value).double()).mean(0) / 2
+    edge = 0.5 / len(drawn)  # an estimate beyond all resamples has no finite correction
+    shift = torch.special.ndtri(below.clamp(edge, 1 - edge))
+    gaps = (left_out.mean(0) - left_out).nan_to_num(0.0)  # undefined without some prompt: not corrected
+    spread = gaps.square().sum(0)
+    bend = torch.where(spread > 0, gaps.pow(3).sum(0) / (6 * spread.pow(1.5)), 0.0)
+    z = shift + torch.special.ndtri(tails)
+    return torch.special.ndtr(shift + z / (1 - bend * z).clamp(min=1e-6))  # the limit where it turns over
