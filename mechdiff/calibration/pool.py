@@ -104,6 +104,7 @@ def crossed(prompts: Sequence[Prompt], lang: str, topics: int = TOPICS, seed: in
     return list({prompt.text: prompt for family in found for prompt in family}.values())
 
 
+@torch.no_grad()
 def measure(pair: LoadedPair, prompts: Sequence[Prompt], openings: Sequence[str]) -> Pool:
     """Read prompts with base, tuned, and base grafted with tuned's upper blocks.
 
