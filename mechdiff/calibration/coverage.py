@@ -21,6 +21,7 @@ from mechdiff.calibration.cells import Cell
 from mechdiff.calibration.pool import Pool
 from mechdiff.config import SEED
 from mechdiff.functional.contrast import independent_difference
+from mechdiff.functional.intervals import bootstrap_means
 from mechdiff.functional.paired import paired_difference
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import Interval, bootstrap_mean, bootstrap_ratio, generator, jackknife
@@ -52,11 +53,13 @@ class Estimate:
         interval: From a sample.
         truth: From sums over the whole pool, each family with the same weight.
         families: Whether it can resample whole families.
+        asked: Whether runs use it for this; else it is there for comparison and nothing is asked of it.
     """
 
     interval: Callable[[Sample, torch.Generator], Interval]
     truth: Callable[[Mapping[str, float]], float]
     families: bool = True
+    asked: bool = True
 
 
 def _mean(name: str) -> Estimate:
@@ -82,12 +85,18 @@ def _jackknifed(sample: Sample, _: torch.Generator) -> Interval:
     return jackknife((total - sample["gap"]) / (n - 1), float(total) / n)
 
 
+def _plain(sample: Sample, draws: torch.Generator) -> Interval:
+    gap = sample["gap"][:, None]
+    return bootstrap_means(gap, generator=draws, method="percentile", expand=False).at(0)
+
+
 ESTIMATES: dict[str, Estimate] = {
     "mean of a gap": _mean("gap"),
-    "mean of a gap, jackknife": Estimate(_jackknifed, lambda m: m["gap"], families=False),
+    "mean of a gap, jackknife": Estimate(_jackknifed, lambda m: m["gap"], families=False, asked=False),
+    "mean of a gap, plain percentiles": Estimate(_plain, lambda m: m["gap"], families=False, asked=False),
     "mean of a difference": _mean("shift"),
     "recovery (ratio of sums)": Estimate(_recovery, lambda m: 1 - m["left"] / m["gap"]),
-    "difference of recoveries, other prompts": Estimate(_two_recoveries, lambda _: 0.0),
+    "difference of recoveries, other prompts": Estimate(_two_recoveries, lambda _: 0.0, families=False),
     "proportion, exact": Estimate(
         lambda s, _: binomial_interval(int(s["tuned"].sum()), len(s["tuned"])),
         lambda m: m["tuned"],
@@ -99,7 +108,7 @@ ESTIMATES: dict[str, Estimate] = {
         families=False,
     ),
 }
-"""The intervals that runs report, by what they are of."""
+"""The intervals that runs report, by what they are of, and two others to compare them with."""
 
 
 def coverage(
@@ -136,7 +145,7 @@ def coverage(
                     interval = estimate.interval(sample, draws)
                     held += interval.low <= truth <= interval.high
                 about = {"question": "intervals", "quantity": "coverage", "method": name, "kind": kind}
-                target = None if kind == IGNORED else TARGET
+                target = TARGET if estimate.asked and kind != IGNORED else None
                 found.append(Cell.count(held, trials, **about, strength=None, prompts=n, target=target))
     return found
 
