@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechdiff.config import BOOTSTRAP_DRAWS, LEVEL
 from mechdiff.errors import FitError
-from mechdiff.functional.percentiles import ends
+from mechdiff.functional.percentiles import counting, ends
 from mechdiff.functional.stats import Interval, resample
 
 
@@ -59,8 +59,8 @@ def recovery_difference(
         level: Coverage.
 
     Returns:
-        The difference with its percentile interval, expanded for the smaller of the two; n counts distinct
-        prompts.
+        The difference with its percentile interval, expanded for the gap that rests on fewer prompts; n
+        counts distinct ones.
 
     Raises:
         FitError: If one of them has no gap.
@@ -76,8 +76,8 @@ def recovery_difference(
     seen = 2 * (cells[:, :2] != 0).any(1).long() + (cells[:, 2:] != 0).any(1).long()
     parts = [cells[seen == kind] for kind in seen.unique()]
     drawn = torch.stack([resample(part, draws, generator) for part in parts]).sum(0)
-    value, fewest = _recovered(total[None]), min(int((seen & kind > 0).sum()) for kind in (1, 2))
-    low, high = ends(value, _recovered(drawn)[:, None], max(fewest, 2), level)
+    value, fewest = _recovered(total[None]), min(counting(cells[:, gap]) for gap in (1, 3))
+    low, high = ends(value, _recovered(drawn)[:, None], fewest, level)
     return Interval(value.item(), low.item(), high.item(), len(cells))
 
 

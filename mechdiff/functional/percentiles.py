@@ -7,11 +7,14 @@
    the standard error of the delete-one values.
 3. Tails are expanded: resamples spread too little, by √((n − 1)/n), and know nothing of Student's t. Without
    this, intervals of normal means over 16 prompts held the truth in 92 % of trials, with it in 95 %.
-4. A resample whose statistic is NaN (a ratio without a denominator) bounds nothing: it pushes both ends
+4. The denominator of a ratio may rest on few prompts: as many count as (Σg)² / Σg². Tails are expanded for
+   that number, and both ends reach at least as far as Student's with its degrees of freedom.
+5. A resample whose statistic is NaN (a ratio without a denominator) bounds nothing: it pushes both ends
    outwards, to infinity if there are enough of them.
 
 Source: Efron, Journal of the American Statistical Association 82 (1987) 171 (BCa); Hesterberg, The American
-Statistician 69 (2015) 371 (expanded percentiles); Abramowitz and Stegun (1964), 26.7.3 and 26.7.4 (Student).
+Statistician 69 (2015) 371 (expanded percentiles); Kish, Survey Sampling (1965), 11.7 (prompts that count);
+Abramowitz and Stegun (1964), 26.7.3 and 26.7.4 (Student).
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ def ends(
     Args:
         value: Estimates, `(statistics,)`.
         drawn: The same from resamples, `(draws, statistics)`.
-        n: Number of prompts, at least 2, to expand the tails for; None leaves them as they are.
+        n: Number of prompts that count, at least 2, to expand the tails for; None leaves them as they are.
         level: Coverage.
         left_out: The estimates without each prompt in turn, `(n, statistics)`: percentiles are corrected by
             them, or replaced.
@@ -60,7 +63,7 @@ def ends(
     [5.0, 95.0]
     """
     if left_out is not None and len(left_out) < BCA_FROM:
-        return _around(value, left_out, level)
+        return student_ends(value, left_out, n or len(left_out), level)
     tails = _tails(level, n, len(value))
     if left_out is not None:
         tails = _corrected(tails, value, drawn, left_out)
@@ -71,6 +74,41 @@ def ends(
         place = outwards((tail * last).round(decimals=9)).long().clamp(0, last)  # 0.05 · 100 is 5
         found.append(column.gather(0, place[None])[0])
     return found[0], found[1]
+
+
+def student_ends(value: Tensor, left_out: Tensor, n: int, level: float) -> tuple[Tensor, Tensor]:
+    """Bound statistics by Student's t and the standard error of their delete-one values.
+
+    Args:
+        value: Estimates, `(statistics,)`.
+        left_out: The estimates without each prompt in turn, `(prompts, statistics)`.
+        n: Number of prompts that count, at least 2; t has one degree of freedom less.
+        level: Coverage.
+
+    Returns:
+        Lower and upper ends, `(statistics,)` each; infinite where a statistic is undefined without a prompt.
+
+    >>> x = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    >>> [round(end.item(), 4) for end in student_ends(x.mean(0), (x.sum(0) - x) / 3, 4, 0.95)]
+    [0.4457, 4.5543]
+    """
+    spread = (left_out - left_out.mean(0)).square().sum(0)
+    error = ((len(left_out) - 1) / len(left_out) * spread).sqrt()
+    half = torch.where(error.isnan(), math.inf, student(level, n) * error)
+    return value - half, value + half
+
+
+def counting(weights: Tensor) -> int:
+    """Return how many prompts count: (Σg)² / Σg², at least 2, rounded down.
+
+    Args:
+        weights: What each adds to the denominator of a ratio, `(prompts,)`.
+
+    >>> counting(torch.ones(12)), counting(torch.tensor([3.0, 3.0, 3.0, 0.1, 0.1, 0.1]))
+    (12, 3)
+    """
+    share = weights.sum().square() / weights.square().sum()
+    return max(2, int(share.item() + 1e-9))
 
 
 @lru_cache(maxsize=256)
@@ -103,14 +141,6 @@ def student_below(t: float, n: int) -> float:
     """
     inside = _within(math.atan(abs(t) / math.sqrt(n - 1)), n - 1)
     return 0.5 + math.copysign(inside / 2, t)
-
-
-def _around(value: Tensor, left_out: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Return the ends of Student's interval; unbounded where a statistic needs every prompt."""
-    n = len(left_out)
-    error = ((n - 1) / n * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
-    half = student(level, n) * error.nan_to_num(math.inf)
-    return value - half, value + half
 
 
 def _within(angle: float, freedom: int) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mechdiff.config import BOOTSTRAP_DRAWS, LEVEL, NOISE_FACTOR
 from mechdiff.errors import FitError
-from mechdiff.functional.percentiles import corrects, ends, student
+from mechdiff.functional.percentiles import corrects, counting, ends, student, student_ends
 
 Groups = Tensor | Sequence[Hashable]
 """One label per row; rows with the same label belong to one prompt."""
@@ -120,7 +120,8 @@ def bootstrap_ratio(
     """Estimate a ratio of means and its bootstrap interval, resampling both together.
 
     A resample whose denominator is zero or of the other sign bounds nothing: it pushes both ends outwards, to
-    infinity if there are enough of them. Check `measurable` on the denominator first.
+    infinity if there are enough of them. Check `measurable` on the denominator first. Where few prompts hold
+    most of the denominator, the interval is that of few prompts.
 
     Args:
         numerator: One number per row, `(rows,)`.
@@ -148,7 +149,7 @@ def bootstrap_ratio(
         share = torch.where(usable, sums[:, 0] / sums[:, 1], math.nan)
         return 1 - share if complement else share
 
-    return _bootstrapped(cells, ratio, draws, level, generator)
+    return _bootstrapped(cells, ratio, draws, level, generator, counting(cells[:, 1]))
 
 
 def bootstrap_sums(
@@ -290,12 +291,16 @@ def _bootstrapped(
     draws: int,
     level: float,
     generator: torch.Generator,
+    count: int | None = None,
 ) -> Interval:
-    """Bound a function of column sums over prompts; one prompt bounds nothing."""
+    """Bound a function of column sums over prompts, of which so many count; one prompt bounds nothing."""
     n, total = len(sums), sums.sum(0, keepdim=True)
     value = statistic(total)
     if n == 1:
         return Interval(value.item(), -math.inf, math.inf, 1)
-    left_out = statistic(total - sums)[:, None] if corrects(n) else None
-    low, high = ends(value, statistic(resample(sums, draws, generator))[:, None], n, level, left_out)
+    drawn, left_out = statistic(resample(sums, draws, generator))[:, None], statistic(total - sums)[:, None]
+    low, high = ends(value, drawn, count or n, level, left_out if corrects(n) else None)
+    if count is not None and count < n:
+        lower, upper = student_ends(value, left_out, count, level)
+        low, high = torch.minimum(low, lower), torch.maximum(high, upper)
     return Interval(value.item(), low.item(), high.item(), n)

@@ -69,6 +69,27 @@ def test_few_prompts_get_the_intervals_of_a_table():
     assert one.high > uncorrected.high  # the mean of what is skewed to the right may lie far right
 
 
+def test_a_ratio_that_rests_on_few_prompts_has_the_interval_of_few():
+    """Corrected percentiles hold the truth in about 85 % of these trials."""
+    truth, held, narrow = 0.5, 0, 0
+    for trial in range(300):
+        gap = (1.2 * rows(12, ("gap", trial))).exp()
+        left = gap * torch.rand(12, dtype=torch.float64, generator=generator(13, trial))
+        found = bootstrap_ratio(left, gap, generator=generator(14, trial), draws=300)
+        held += found.low <= truth <= found.high
+        plain = bootstrap_sums(
+            torch.stack([left, gap], 1),
+            lambda s: s[:, 0] / s[:, 1],
+            generator=generator(14, trial),
+            draws=300,
+        )
+        narrow += plain.low <= truth <= plain.high
+    assert narrow < held
+    assert 0.92 <= held / 300 <= 0.985
+    same = bootstrap_ratio(left, torch.ones(12), generator=generator(15))
+    assert same == pytest.approx(bootstrap_mean(left, generator=generator(15)))  # all count: it is a mean
+
+
 def test_one_prompt_bounds_nothing():
     found = bootstrap_mean(torch.ones(3), groups=["a", "a", "a"], generator=generator(12))
     assert (found.value, found.low, found.high, found.n) == (1.0, -math.inf, math.inf, 1)
