@@ -7,8 +7,9 @@
    the standard error of the delete-one values.
 3. Tails are expanded: resamples spread too little, by √((n − 1)/n), and know nothing of Student's t. Without
    this, intervals of normal means over 16 prompts held the truth in 92 % of trials, with it in 95 %.
-4. The denominator of a ratio may rest on few prompts: as many count as (Σg)² / Σg². Tails are expanded for
-   that number, and both ends reach at least as far as Student's with its degrees of freedom.
+4. The denominator of a ratio may rest on few prompts: as many count as (Σg)² / Σg², and tails are expanded
+   for that number. Recoveries over 12 of 48 measured prompts, of which some five count, were held in 96 % of
+   trials with it and in 92 % without, over 40 in 95 and 93 % (500 trials).
 5. A resample whose statistic is NaN (a ratio without a denominator) bounds nothing: it pushes both ends
    outwards, to infinity if there are enough of them.
 
@@ -63,39 +64,18 @@ def ends(
     [5.0, 95.0]
     """
     if left_out is not None and len(left_out) < BCA_FROM:
-        return student_ends(value, left_out, n or len(left_out), level)
+        return _student_ends(value, left_out, n or len(left_out), level)
     tails = _tails(level, n, len(value))
     if left_out is not None:
         tails = _corrected(tails, value, drawn, left_out)
     lost, last = drawn.isnan(), len(drawn) - 1
     found = []
-    for tail, outwards, infinity in ((tails[0], torch.floor, -math.inf), (tails[1], torch.ceil, math.inf)):
+    shares = torch.special.ndtr(tails)
+    for share, outwards, infinity in ((shares[0], torch.floor, -math.inf), (shares[1], torch.ceil, math.inf)):
         column = drawn.where(~lost, infinity).sort(0).values
-        place = outwards((tail * last).round(decimals=9)).long().clamp(0, last)  # 0.05 · 100 is 5
+        place = outwards((share * last).round(decimals=9)).long().clamp(0, last)  # 0.05 · 100 is 5
         found.append(column.gather(0, place[None])[0])
     return found[0], found[1]
-
-
-def student_ends(value: Tensor, left_out: Tensor, n: int, level: float) -> tuple[Tensor, Tensor]:
-    """Bound statistics by Student's t and the standard error of their delete-one values.
-
-    Args:
-        value: Estimates, `(statistics,)`.
-        left_out: The estimates without each prompt in turn, `(prompts, statistics)`.
-        n: Number of prompts that count, at least 2; t has one degree of freedom less.
-        level: Coverage.
-
-    Returns:
-        Lower and upper ends, `(statistics,)` each; infinite where a statistic is undefined without a prompt.
-
-    >>> x = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    >>> [round(end.item(), 4) for end in student_ends(x.mean(0), (x.sum(0) - x) / 3, 4, 0.95)]
-    [0.4457, 4.5543]
-    """
-    spread = (left_out - left_out.mean(0)).square().sum(0)
-    error = ((len(left_out) - 1) / len(left_out) * spread).sqrt()
-    half = torch.where(error.isnan(), math.inf, student(level, n) * error)
-    return value - half, value + half
 
 
 def counting(weights: Tensor) -> int:
@@ -143,6 +123,14 @@ def student_below(t: float, n: int) -> float:
     return 0.5 + math.copysign(inside / 2, t)
 
 
+def _student_ends(value: Tensor, left_out: Tensor, n: int, level: float) -> tuple[Tensor, Tensor]:
+    """Put t times the standard error of the delete-one values around estimates."""
+    spread = (left_out - left_out.mean(0)).square().sum(0)
+    error = ((len(left_out) - 1) / len(left_out) * spread).sqrt()
+    half = torch.where(error.isnan(), math.inf, student(level, n) * error)  # undefined without some prompt
+    return value - half, value + half
+
+
 def _within(angle: float, freedom: int) -> float:
     """Return P(|t| ≤ √ν tan θ) by its finite sum."""
     square, term = math.cos(angle) ** 2, 1.0 if freedom % 2 == 0 else math.cos(angle)
@@ -155,20 +143,18 @@ def _within(angle: float, freedom: int) -> float:
 
 
 def _tails(level: float, n: int | None, count: int) -> Tensor:
-    """Return the percentiles to read, `(2, count)`, expanded for n prompts."""
-    tail = (1 - level) / 2
-    if n is not None:
-        tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student(level, n))
-    return torch.tensor([[tail], [1 - tail]], dtype=torch.float64).expand(2, count)
+    """Return the normal quantiles of the percentiles to read, `(2, count)`, expanded for n prompts."""
+    z = NormalDist().inv_cdf((1 + level) / 2) if n is None else math.sqrt(n / (n - 1)) * student(level, n)
+    return torch.tensor([[-z], [z]], dtype=torch.float64).expand(2, count)
 
 
 def _corrected(tails: Tensor, value: Tensor, drawn: Tensor, left_out: Tensor) -> Tensor:
-    """Return the percentiles that correct for bias and acceleration, `(2, statistics)`."""
+    """Return the quantiles corrected for bias and acceleration, `(2, statistics)`."""
     below = ((drawn < value).double() + (drawn <= value).double()).mean(0) / 2
     edge = 0.5 / len(drawn)  # an estimate beyond all resamples has no finite correction
     shift = torch.special.ndtri(below.clamp(edge, 1 - edge))
     gaps = (left_out.mean(0) - left_out).nan_to_num(0.0)  # undefined without some prompt: not corrected
     spread = gaps.square().sum(0)
     bend = torch.where(spread > 0, gaps.pow(3).sum(0) / (6 * spread.pow(1.5)), 0.0)
-    z = shift + torch.special.ndtri(tails)
-    return torch.special.ndtr(shift + z / (1 - bend * z).clamp(min=1e-6))  # the limit where it turns over
+    z = shift + tails
+    return shift + z / (1 - bend * z).clamp(min=1e-6)  # the limit where it turns over

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mechdiff.config import BOOTSTRAP_DRAWS, LEVEL, NOISE_FACTOR
 from mechdiff.errors import FitError
-from mechdiff.functional.percentiles import corrects, counting, ends, student, student_ends
+from mechdiff.functional.percentiles import corrects, counting, ends, student
 
 Groups = Tensor | Sequence[Hashable]
 """One label per row; rows with the same label belong to one prompt."""
@@ -298,9 +298,7 @@ def _bootstrapped(
     value = statistic(total)
     if n == 1:
         return Interval(value.item(), -math.inf, math.inf, 1)
-    drawn, left_out = statistic(resample(sums, draws, generator))[:, None], statistic(total - sums)[:, None]
-    low, high = ends(value, drawn, count or n, level, left_out if corrects(n) else None)
-    if count is not None and count < n:
-        lower, upper = student_ends(value, left_out, count, level)
-        low, high = torch.minimum(low, lower), torch.maximum(high, upper)
+    left_out = statistic(total - sums)[:, None] if corrects(n) else None
+    drawn = statistic(resample(sums, draws, generator))[:, None]
+    low, high = ends(value, drawn, count or n, level, left_out)
     return Interval(value.item(), low.item(), high.item(), n)
