@@ -62,13 +62,13 @@ class Cell:
             **about: The other attributes of the cell.
         """
         found = binomial_interval(successes, trials)
-        ends = {"estimate": found.value, "low": found.low, "high": found.high}
-        return cls(successes=successes, trials=trials, **ends, **about)
+        about |= {"estimate": found.value, "low": found.low, "high": found.high}
+        return cls(successes=successes, trials=trials, **about)
 
     @property
     def group(self) -> Group:
         """Which table it belongs to."""
-        return next((g for g in ("false_positives", "coverage", "power") if g in self.quantity), "recall")  # type: ignore[return-value]
+        return next((g for g in ("false_positives", "coverage", "power") if g in self.quantity), "recall")
 
     @property
     def wanted(self) -> tuple[float, float] | None:
