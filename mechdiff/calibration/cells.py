@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,26 +89,39 @@ class Cell:
         return "within error" if self.low <= most and self.high >= least else "missed"
 
 
-def write_cells(cells: Iterable[Cell], provenance: dict[str, Any], folder: str | Path) -> Path:
-    """Write ``calibration.json``.
+@dataclass
+class Calibration:
+    """A table of calibration.
+
+    Attributes:
+        cells: Shares of trials.
+        provenance: Versions, seed, base, repeats.
+        numbers: What is no share, such as an angle: its median and quartiles, with what a cell has.
+    """
+
+    cells: list[Cell]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    numbers: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_calibration(table: Calibration, folder: str | Path) -> Path:
+    """Write ``calibration.json``, whole or not at all.
 
     Args:
-        cells: The table.
-        provenance: Versions, seed, base, repeats.
+        table: The table.
         folder: Where to write; made if need be.
     """
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = {"provenance": provenance, "cells": [asdict(cell) for cell in cells]}
-    path.write_text(json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    part = path.with_name(f"{FILE}.part")
+    body = json.dumps(asdict(table), indent=1, ensure_ascii=False, allow_nan=False)
+    part.write_text(body + "\n", encoding="utf-8")
+    os.replace(part, path)
     return path
 
 
-def read_cells(folder: str | Path) -> tuple[list[Cell], dict[str, Any]]:
+def read_calibration(folder: str | Path) -> Calibration:
     """Read ``calibration.json``.
-
-    Returns:
-        The table and its provenance.
 
     Raises:
         ConfigError: If the file is missing or not such a table.
@@ -115,7 +129,8 @@ def read_cells(folder: str | Path) -> tuple[list[Cell], dict[str, Any]]:
     path = Path(folder) / FILE
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        return [Cell(**cell) for cell in body["cells"]], dict(body["provenance"])
+        cells = [Cell(**cell) for cell in body["cells"]]
+        return Calibration(cells, dict(body["provenance"]), list(body.get("numbers", ())))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"cannot read {path} as the table of a calibration: {error}") from error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mechdiff.calibration.cells import FILE, Cell, prompts_needed, read_cells
+from mechdiff.calibration.cells import FILE, Calibration, Cell, prompts_needed, read_calibration
 from mechdiff.calibration.figures import POWER, plot_coverage, plot_power, plot_recall
 from mechdiff.errors import ConfigError
 
@@ -40,7 +40,8 @@ def write(folder: str | Path, figures: str = ".") -> list[Path]:
         ConfigError: If the table is missing, malformed or empty.
     """
     folder = Path(folder)
-    cells, provenance = read_cells(folder)
+    table = read_calibration(folder)
+    cells = table.cells
     if not cells:
         raise ConfigError(f"{folder / FILE} holds no cell; run mechdiff calibrate")
     drawn = {}
@@ -50,7 +51,7 @@ def write(folder: str | Path, figures: str = ".") -> list[Path]:
             plot(held, folder / figures / name)
             drawn[group] = f"{figures}/{name}".removeprefix("./")
     page = folder / PAGE
-    page.write_text("\n".join(_page(cells, provenance, drawn)) + "\n", encoding="utf-8")
+    page.write_text("\n".join(_page(table, drawn)) + "\n", encoding="utf-8")
     return [page, *(folder / name for name in drawn.values())]
 
 
@@ -72,14 +73,15 @@ def how_many_prompts(cells: Iterable[Cell], power: float = POWER) -> list[tuple[
     return [(max(line, key=lambda c: c.prompts), prompts_needed(line, power)) for line in lines.values()]
 
 
-def _page(cells: Sequence[Cell], provenance: dict[str, Any], drawn: dict[str, str]) -> Iterator[str]:
+def _page(table: Calibration, drawn: dict[str, str]) -> Iterator[str]:
+    cells = table.cells
     yield from ("# Calibration", "")
     yield (
         "What the methods find of differences whose answer is known, and how often they find something where "
         "nothing is. Brackets: exact binomial 95 % interval of the share over trials. **Missed**: neither "
         "the share nor its interval reaches what was asked for; *within error*: the interval does."
     )
-    yield from ("", *_provenance(provenance), "")
+    yield from ("", *_provenance(table.provenance), "")
     yield from _summary(cells)
     questions = [q for q in dict.fromkeys(sorted(c.question for c in cells)) if q != INTERVALS]
     for question in questions:
@@ -89,6 +91,7 @@ def _page(cells: Sequence[Cell], provenance: dict[str, Any], drawn: dict[str, st
         yield from _shares("Where nothing is", [c for c in own if c.group == "false_positives"])
         yield from _matrix("Coverage of its intervals", [c for c in own if c.group == "coverage"])
         yield from _matrix("Power by number of prompts", [c for c in own if c.group == "power"])
+        yield from _numbers([n for n in table.numbers if n["question"] == question])
     if "recall" in drawn:
         yield from (f"![Recall by strength]({drawn['recall']})", "")
     rest = [c for c in cells if c.question == INTERVALS]
@@ -109,11 +112,11 @@ def _page(cells: Sequence[Cell], provenance: dict[str, Any], drawn: dict[str, st
 
 
 def _provenance(provenance: dict[str, Any]) -> list[str]:
-    plain = {k: v for k, v in provenance.items() if isinstance(v, (str, int, float))}
-    nested = {k: v for k, v in provenance.items() if isinstance(v, dict)}
-    said = [f"{k.replace('_', ' ')}: `{v}`" for k, v in plain.items()]
-    for k, v in nested.items():
-        said.append(f"{k.replace('_', ' ')}: `{', '.join(f'{a} {b}' for a, b in v.items())}`")
+    said = []
+    for name, value in provenance.items():
+        parts = [f"{a} {b}" for a, b in value.items()] if isinstance(value, dict) else value
+        text = ", ".join(map(str, parts)) if isinstance(parts, list) else str(parts)
+        said.append(f"{name.replace('_', ' ')}: `{text}`")
     return [" · ".join(said)] if said else []
 
 
@@ -147,9 +150,31 @@ def _shares(title: str, cells: Sequence[Cell]) -> Iterator[str]:
             _target(c),
             _said(c),
         ]
-        for c in cells
+        for c in sorted(cells, key=lambda c: c.wanted is None)  # what something is asked of comes first
     ]
     heading = ["quantity", "method", "on", "strength", "prompts", "count", "share (%)", "target (%)", ""]
+    yield from _table(heading, rows, numbers=3)
+
+
+def _numbers(numbers: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """List what is no share."""
+    if not numbers:
+        return
+    yield from ("### Numbers beside them", "", "Median over cases, quartiles in brackets.", "")
+    rows = [
+        [
+            n["quantity"].replace("_", " "),
+            n["method"],
+            n["kind"],
+            "" if n["strength"] is None else f"{n['strength']:g}",
+            f"{n['prompts']}",
+            f"{n['n']}",
+            f"{n['median']:.3g} [{n['quartiles'][0]:.3g}, {n['quartiles'][1]:.3g}]",
+            n["unit"],
+        ]
+        for n in numbers
+    ]
+    heading = ["quantity", "method", "on", "strength", "prompts", "cases", "median", "unit"]
     yield from _table(heading, rows, numbers=3)
 
 

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from mechdiff.calibration import coverage as study
+from mechdiff.calibration.__main__ import main
+from mechdiff.calibration.cells import Calibration, read_calibration, write_calibration
 from mechdiff.calibration.coverage import IGNORED, Estimate, coverage
 from mechdiff.calibration.pool import COLUMNS, Pool, crossed, measure
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
 from mechdiff.functional.stats import Interval, bootstrap_mean, generator
 from mechdiff.pairs.organisms import planted_pair
+from tests.calibration.make import calibration
 from tests.toys import loaded, prompts
 
 
@@ -108,3 +111,20 @@ def test_what_is_changed_above_is_grafted_away() -> None:
     found = measure(pair, texts, ["a", "b"])
     assert torch.allclose(found.columns["left"], found.columns["gap"])  # the changed block is below
     assert set(found.columns["tuned"].tolist()) <= {0.0, 1.0}
+
+
+def test_coverage_is_added_to_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pool().write(tmp_path / "pool.csv")
+    other = [c for c in calibration() if c.group == "power"]
+    write_calibration(Calibration(other, {"seed": 5}), tmp_path)
+    for _ in range(2):  # a second time replaces the first
+        assert main([str(tmp_path), "--trials", "2"]) == 0
+    assert "calibration_coverage.png" in capsys.readouterr().out
+    found = read_calibration(tmp_path)
+    assert [c for c in found.cells if c.group == "power"] == other
+    counted = [c for c in found.cells if c.group == "coverage"]
+    assert len(counted) == len({(c.method, c.kind, c.prompts) for c in counted})
+    assert found.provenance["seed"] == 5
+    assert found.provenance["pool"]["prompts"] == 1200
+    (tmp_path / "pool.csv").write_text("nothing", encoding="utf-8")
+    assert main([str(tmp_path)]) == 2

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mechdiff.calibration.cells import FILE, Cell, prompts_needed, read_cells, write_cells
+from mechdiff.calibration.cells import (
+    FILE,
+    Calibration,
+    Cell,
+    prompts_needed,
+    read_calibration,
+    write_calibration,
+)
 from mechdiff.calibration.figures import plot_coverage, plot_power, plot_recall
 from mechdiff.calibration.report import how_many_prompts, write
 from mechdiff.errors import ConfigError
@@ -22,14 +29,15 @@ def cell(successes: int, **about: object) -> Cell:
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
-    write_cells(calibration(), {"seed": 5}, tmp_path)
-    cells, provenance = read_cells(tmp_path)
+    write_calibration(Calibration(calibration(), {"seed": 5}), tmp_path)
+    read = read_calibration(tmp_path)
+    cells, provenance = read.cells, read.provenance
     assert [c.estimate for c in cells] == [c.estimate for c in calibration()]
     assert [c.verdict for c in cells] == [c.verdict for c in calibration()]
     assert provenance == {"seed": 5}
     (tmp_path / FILE).write_text('{"cells": [{"question": "rq1"}], "provenance": {}}', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"calibration\.json"):
-        read_cells(tmp_path)
+        read_calibration(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +75,16 @@ def test_stronger_differences_need_fewer_prompts() -> None:
 
 
 def test_the_page_holds_every_cell_and_says_what_is_missed(tmp_path: Path) -> None:
-    write_cells(calibration(), {"base": "smol", "seed": 5, "versions": {"torch": "2"}}, tmp_path)
+    angle = {
+        "question": "rq4",
+        "quantity": "largest_angle",
+        "method": "svd",
+        "kind": "policy",
+        "strength": 1.0,
+    }
+    angle |= {"prompts": 40, "n": 12, "median": 3.25, "quartiles": [2.5, 4.0], "unit": "degrees"}
+    origin = {"base": ["smol", "tiny"], "seed": 5, "versions": {"torch": "2"}}
+    write_calibration(Calibration(calibration(), origin, [angle]), tmp_path)
     written = write(tmp_path, figures="images")
     page = written[0].read_text(encoding="utf-8")
     for c in calibration():
@@ -75,7 +92,8 @@ def test_the_page_holds_every_cell_and_says_what_is_missed(tmp_path: Path) -> No
     assert re.search(r"\| max test \| copy \|.*\| 8/200 \|.*\| ≤ 5 \| met \|", page)
     assert re.search(r"\| max test \| labels swapped \|.*\*within error\* \|", page)
     assert "Every difference counts with enough prompts." in page
-    assert "torch 2" in page
+    assert "base: `smol, tiny` · seed: `5` · versions: `torch 2`" in page
+    assert "| largest angle | svd | policy | 1 | 40 | 12 | 3.25 [2.5, 4] | degrees |" in page
     assert page.count("![") == 3
     for line in page.splitlines():
         if line.startswith("!["):
@@ -100,7 +118,7 @@ def test_what_is_not_there_is_not_drawn(tmp_path: Path) -> None:
     for plot in (plot_power, plot_recall):
         with pytest.raises(ConfigError, match="nothing to draw"):
             plot(only)
-    write_cells(only, {}, tmp_path)
+    write_calibration(Calibration(only), tmp_path)
     assert [p.name for p in write(tmp_path)] == ["calibration.md", "calibration_coverage.png"]
     (tmp_path / FILE).write_text(json.dumps({"provenance": {}, "cells": []}), encoding="utf-8")
     with pytest.raises(ConfigError, match="holds no cell"):
