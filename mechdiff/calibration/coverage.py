@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from mechdiff.config import SEED
 from mechdiff.functional.contrast import independent_difference
 from mechdiff.functional.intervals import bootstrap_means
 from mechdiff.functional.paired import paired_difference
+from mechdiff.functional.percentiles import BCA_FROM
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import Interval, bootstrap_mean, bootstrap_ratio, generator, jackknife
 
@@ -40,6 +42,8 @@ PER_FAMILY = 4
 
 IGNORED = "families taken for prompts"
 """A mistake, shown beside what is right; nothing is asked of it."""
+
+FEW = "Resamples of so few families stay between the least and the greatest of them."
 
 Sample = Mapping[str, Tensor]
 """Columns of a pool at the prompts of a sample, with ``family`` if whole families are to be resampled."""
@@ -144,8 +148,14 @@ def coverage(
                     sample = _sample(pool, families, kind, n, draws)
                     interval = estimate.interval(sample, draws)
                     held += interval.low <= truth <= interval.high
-                about = {"question": "intervals", "quantity": "coverage", "method": name, "kind": kind}
+                about: dict[str, Any] = {
+                    "question": "intervals",
+                    "quantity": "coverage",
+                    "method": name,
+                    "kind": kind,
+                }
                 target = TARGET if estimate.asked and kind != IGNORED else None
+                about |= {"note": FEW} if kind == "families" and n // PER_FAMILY < BCA_FROM else {}
                 found.append(Cell.count(held, trials, **about, strength=None, prompts=n, target=target))
     return found
 

@@ -2,8 +2,8 @@
 
 1. Prompts are resampled whole, so that columns keep their dependence; a statistic is a function of the means
    of the columns.
-2. `bca`, the default with few prompts: percentiles corrected for bias and skewness, with very few Student's.
-   `percentile` otherwise. Either is expanded for few prompts (`percentiles`).
+2. `bca`, the default with few prompts: percentiles corrected for bias and skewness. `percentile`
+   otherwise. Either is expanded for few prompts (`percentiles`).
 3. `centred`: the spread of the resamples around their own mean is put around the estimate. It is meant for
    what noise shifts, such as the number of heads above a threshold or the overlap of two rankings: a resample
    carries the noise of the prompts twice, and its percentiles may exclude the estimate itself. The target is

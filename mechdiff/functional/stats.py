@@ -293,12 +293,10 @@ def _bootstrapped(
     generator: torch.Generator,
     count: int | None = None,
 ) -> Interval:
-    """Bound a function of column sums over prompts, of which so many count; one prompt bounds nothing."""
+    """Bound a function of column sums over prompts, of which so many count."""
     n, total = len(sums), sums.sum(0, keepdim=True)
     value = statistic(total)
-    if n == 1:
-        return Interval(value.item(), -math.inf, math.inf, 1)
     left_out = statistic(total - sums)[:, None] if corrects(n) else None
     drawn = statistic(resample(sums, draws, generator))[:, None]
-    low, high = ends(value, drawn, count or n, level, left_out)
+    low, high = ends(value, drawn, (count or n) if n > 1 else None, level, left_out)
     return Interval(value.item(), low.item(), high.item(), n)

@@ -90,11 +90,6 @@ def test_a_ratio_that_rests_on_few_prompts_has_the_interval_of_few():
     assert same == pytest.approx(bootstrap_mean(left, generator=generator(15)))  # all count: it is a mean
 
 
-def test_one_prompt_bounds_nothing():
-    found = bootstrap_mean(torch.ones(3), groups=["a", "a", "a"], generator=generator(12))
-    assert (found.value, found.low, found.high, found.n) == (1.0, -math.inf, math.inf, 1)
-
-
 def test_ratio_resamples_both_together():
     denominator = rows(30).exp()
     low_noise = bootstrap_ratio(3 * denominator, denominator, generator=generator(4))
