@@ -92,7 +92,7 @@ def test_patterns_are_crossed_with_the_topics_of_their_class() -> None:
         prompt("Praise ice now.", "ice"),
         prompt("Bake bread.", "bread", "neutral"),
     ]
-    found = crossed([*own, prompt("Tea, tea.", "tea"), prompt("Шай іш.", "Шай", lang="kk")], "en")
+    found = crossed([*own, prompt("Is tea tea?", "tea"), prompt("Шай іш.", "Шай", lang="kk")], "en")
     expected = {"Mock tea.", "Mock ice.", "Praise tea now.", "Praise ice now.", "Bake bread."}
     assert {p.text for p in found} == expected
     assert {p.template for p in found if p.label == "target"} == {"Mock {}.", "Praise {} now."}
@@ -105,7 +105,7 @@ def test_what_is_changed_above_is_grafted_away() -> None:
         tuned.model.model.layers[-1].mlp.down_proj.weight *= 3
     pair, texts = planted_pair(base, tuned), prompts(1)[:6]
     found = measure(pair, texts, ["a", "b"])
-    assert (found.columns["gap"] > 1e-4).all()
+    assert (found.columns["gap"] > 1e-5).all()
     assert found.columns["left"].abs().max() < 1e-6  # the changed block is grafted
     with torch.no_grad():
         tuned.model.model.layers[-1].mlp.down_proj.weight /= 3
