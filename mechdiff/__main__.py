@@ -12,6 +12,7 @@ VERBS = {
     "export": "take a handle out of its run: a file for mechdiff.steer, or a control vector for llama.cpp",
     "study": "run RQ1 to RQ4 of one or more pairs, resume what was cut off, and write one report",
     "report": "draw one page from the records of runs, without a model",
+    "replicate": "say how much of a pair's numbers belongs to the seed of its training, from several studies",
     "doctor": "say what is installed, which models and stores are in reach, and what is wrong",
 }
 

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "prepare": {"pairs", "data", "extraction", "interventions.sites"},  # what a run needs before it is built
     "study": {"prepare", "parser", "pairs.spec", "reporting.report"},  # what a study consists of
     "contrasts": {"functional", "reporting.report"},  # numbers that compare its pairs
+    "calibration": ALL - {"cli", "__main__"},  # tries everything out
     "callbacks": {"modules.base", "interventions", "pairs", "data", "functional"},
     "extraction": {"interventions", "pairs", "data", "functional"},
     "modules": {"functional", "interventions.sites"},

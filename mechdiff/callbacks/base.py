@@ -18,13 +18,8 @@ from torch import Tensor
 from mechdiff.config import SEED
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import FitError, PromptError
-from mechdiff.functional.stats import (
-    bootstrap_correlation,
-    bootstrap_mean,
-    bootstrap_ratio,
-    generator,
-    measurable,
-)
+from mechdiff.functional.correlation import bootstrap_correlation
+from mechdiff.functional.stats import bootstrap_mean, bootstrap_ratio, generator, measurable
 from mechdiff.modules.base import DiffModule, estimated, missing
 from mechdiff.pairs.fairness import FilterReport, filter_shared
 from mechdiff.pairs.loading import LoadedPair

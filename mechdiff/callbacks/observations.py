@@ -22,6 +22,7 @@ from torch import Tensor
 from mechdiff.functional.paired import paired_difference
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import bootstrap_sums, generator
+from mechdiff.modules.base import estimated
 from mechdiff.results import Record
 
 Cell = tuple[str, str, tuple[tuple[str, Any], ...]]  # quantity, control, parameters
@@ -96,8 +97,7 @@ def _single(group: Sequence[Observation], cell: Cell, model: str, seed: int) -> 
     else:
         draws = generator(seed, cell[0])
         estimate = bootstrap_sums(_columns(kept), lambda sums: _ratio(sums[:, :2]), generator=draws)
-    value, low, high, n = estimate
-    return Record(quantity=cell[0], value=value, low=low, high=high, n=n, **about)
+    return estimated(cell[0], estimate, about)
 
 
 def _difference(
@@ -115,14 +115,14 @@ def _difference(
         return _missing([*first, *second], cell, about)
     if all(o.rate for o in first):
         yes = [[bool(o.value) for o in side] for side in zip(*pairs, strict=True)]
-        value, low, high, n = paired_difference(yes[0], yes[1])
+        estimate = paired_difference(yes[0], yes[1])
     else:
-        value, low, high, n = bootstrap_sums(
+        estimate = bootstrap_sums(
             torch.cat([_columns(side) for side in zip(*pairs, strict=True)], 1),
             lambda sums: _ratio(sums[:, :2]) - _ratio(sums[:, 2:]),
             generator=generator(seed, cell[0]),
         )
-    return Record(quantity=cell[0], value=value, low=low, high=high, n=n, **about)
+    return estimated(cell[0], estimate, about)
 
 
 def _about(group: Sequence[Observation], cell: Cell, model: str, name: Mapping[str, str]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from mechdiff.config import BOOTSTRAP_DRAWS, HEAD_Z, LEVEL
-from mechdiff.functional.intervals import Intervals, bootstrap_means, centred, checked, student
+from mechdiff.functional.intervals import Intervals, bootstrap_means, centred, checked
+from mechdiff.functional.percentiles import student
 from mechdiff.functional.permutation import benjamini_hochberg, random_signs, sign_flip, swap_floor
 from mechdiff.functional.stats import Interval, resample
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mechdiff.config import BOOTSTRAP_DRAWS, LEVEL
 from mechdiff.errors import FitError
+from mechdiff.functional.percentiles import counting, ends
 from mechdiff.functional.stats import Interval, resample
 
 
@@ -58,7 +59,8 @@ def recovery_difference(
         level: Coverage.
 
     Returns:
-        The difference with its percentile interval; n counts distinct prompts.
+        The difference with its percentile interval, expanded for the gap that rests on fewer prompts; n
+        counts distinct ones.
 
     Raises:
         FitError: If one of them has no gap.
@@ -74,10 +76,9 @@ def recovery_difference(
     seen = 2 * (cells[:, :2] != 0).any(1).long() + (cells[:, 2:] != 0).any(1).long()
     parts = [cells[seen == kind] for kind in seen.unique()]
     drawn = torch.stack([resample(part, draws, generator) for part in parts]).sum(0)
-    values, tail = _recovered(drawn), (1 - level) / 2
-    low = values.quantile(tail, interpolation="lower").item()
-    high = values.quantile(1 - tail, interpolation="higher").item()
-    return Interval(_recovered(total[None]).item(), low, high, len(cells))
+    value, fewest = _recovered(total[None]), min(counting(cells[:, gap]) for gap in (1, 3))
+    low, high = ends(value, _recovered(drawn)[:, None], fewest, level)
+    return Interval(value.item(), low.item(), high.item(), len(cells))
 
 
 def _recovered(sums: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
-"""Tests of many paired differences at once: sign flips, family-wise or by false discovery rate.
+"""Tests of many differences at once, paired or of two groups of prompts: family-wise or by discovery rate.
 
 1. If a label (base or tuned) says nothing, each prompt's difference is as likely with the other sign. Signs
    are flipped for whole prompts, so that heads keep their dependence. All patterns are tried where there are
    few enough, else random ones.
 2. The statistic is |t|, which makes heads of unlike variance comparable. Under sign flips Σ d² stays the
    same, so that |t| rises with |Σ ± d| / √Σ d²: one product of matrices serves all heads and flips.
-3. The largest |t| over all heads gives family-wise p; the head's own gives p for Benjamini–Hochberg.
+3. Of two groups of prompts (targets and neutral ones), the labels are shuffled instead. The sum of squares
+   around the common mean stays the same, so that |t| rises with the size of the difference over its root.
+4. The largest |t| over all heads gives family-wise p; the head's own gives p for Benjamini–Hochberg.
 
 Source: Westfall and Young, Resampling-Based Multiple Testing (1993), single step, max T;
 Benjamini and Hochberg, Journal of the Royal Statistical Society B 57 (1995) 289.
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mechdiff.config import BOOTSTRAP_DRAWS, LEVEL
+from mechdiff.errors import FitError
 from mechdiff.functional.intervals import checked
 
 FEWEST = 6
@@ -30,13 +33,13 @@ _CHUNK = 2**22
 _TIE = 1 - 1e-12  # equal statistics may differ in the last bits
 
 
-class SignFlip(NamedTuple):
-    """P-values of paired differences.
+class Flipped(NamedTuple):
+    """P-values of differences.
 
     Attributes:
         p: Of each head by itself, two-sided, `(heads,)`.
         p_max: Of each head among all, family-wise, `(heads,)`.
-        draws: Number of sign patterns behind them.
+        draws: Number of sign patterns, or of shuffles, behind them.
     """
 
     p: Tensor
@@ -44,7 +47,7 @@ class SignFlip(NamedTuple):
     draws: int
 
 
-def sign_flip(difference: Tensor, *, generator: torch.Generator, draws: int | None = None) -> SignFlip:
+def sign_flip(difference: Tensor, *, generator: torch.Generator, draws: int | None = None) -> Flipped:
     """Test each column's mean against 0 by flipping the signs of whole rows.
 
     Args:
@@ -64,7 +67,7 @@ def sign_flip(difference: Tensor, *, generator: torch.Generator, draws: int | No
     length = table.square().sum(0).sqrt()
     unit = torch.where(length > 0, table / length, 0.0)
     seen = unit.sum(0).abs()
-    wanted = draws or max(10_000, math.ceil(2 * table.shape[1] / (1 - LEVEL)))
+    wanted = draws or _enough(table.shape[1])
     single, family, count = torch.zeros_like(seen), torch.zeros_like(seen), 0
     exact = 2 ** (len(table) - 1) <= wanted
     for signs in _patterns(len(table), table.shape[1], wanted, generator, exact):
@@ -73,7 +76,45 @@ def sign_flip(difference: Tensor, *, generator: torch.Generator, draws: int | No
         family += (flipped.amax(1, keepdim=True) >= seen * _TIE).sum(0)
         count += len(signs)
     extra = 0 if exact else 1  # the pattern that was seen
-    return SignFlip((single + extra) / (count + extra), (family + extra) / (count + extra), count)
+    return Flipped((single + extra) / (count + extra), (family + extra) / (count + extra), count)
+
+
+def label_shuffle(
+    table: Tensor, labels: Tensor, *, generator: torch.Generator, draws: int | None = None
+) -> Flipped:
+    """Test each column's difference of two groups of rows by shuffling which row is of which group.
+
+    Args:
+        table: `(prompts, heads)`.
+        labels: Whether each prompt is of the first group, `(prompts,)`, boolean.
+        generator: Source of the shuffles.
+        draws: Number of shuffles; by default as in `sign_flip`.
+
+    Raises:
+        FitError: If a group has no prompt.
+
+    >>> table, labels = torch.tensor([[1.0]] * 8 + [[0.0]] * 8), torch.arange(16) < 8
+    >>> label_shuffle(table, labels, generator=torch.Generator().manual_seed(0)).p.item() < 0.001
+    True
+    """
+    both = checked(torch.cat([table.double(), labels[:, None].double()], 1))
+    table, first = both[:, :-1], both[:, -1]
+    n, size = len(table), int(first.sum())
+    if not 0 < size < n:
+        raise FitError(f"{size} of {n} prompts are of the first group; both groups need at least 1")
+    table = table - table.mean(0)
+    length = table.square().sum(0).sqrt()
+    unit = torch.where(length > 0, table / length, 0.0)
+    seen = (first @ unit).abs()  # the other group's sum is the same with the other sign
+    wanted = draws or _enough(table.shape[1])
+    single, family = torch.zeros_like(seen), torch.zeros_like(seen)
+    step = max(1, _CHUNK // max(n, table.shape[1]))
+    for start in range(0, wanted, step):
+        order = torch.rand(min(step, wanted - start), n, generator=generator).argsort(1)
+        shuffled = (first[order] @ unit).abs()
+        single += (shuffled >= seen * _TIE).sum(0)
+        family += (shuffled.amax(1, keepdim=True) >= seen * _TIE).sum(0)
+    return Flipped((single + 1) / (wanted + 1), (family + 1) / (wanted + 1), wanted)
 
 
 def swap_floor(
@@ -124,6 +165,10 @@ def random_signs(count: int, prompts: int, generator: torch.Generator) -> Tensor
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     return torch.randint(2, (count, prompts), generator=generator).double() * 2 - 1
+
+
+def _enough(heads: int) -> int:
+    return max(10_000, math.ceil(2 * heads / (1 - LEVEL)))
 
 
 def _patterns(

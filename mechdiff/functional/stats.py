@@ -1,8 +1,8 @@
 """Seeded generators and intervals over prompts.
 
 1. Prompts are the unit: rows that belong to one prompt are summed first and resampled together.
-2. Means and ratios of means get a percentile bootstrap; U-statistics a delete-one jackknife; counts an exact
-   binomial interval.
+2. Means and ratios of means get a bootstrap, its percentiles corrected and expanded for few prompts
+   (`percentiles`); U-statistics a delete-one jackknife; counts an exact binomial interval.
 3. Rows are put in order of their values before anything is summed or drawn, so the order of the prompts
    changes nothing, bit for bit.
 
@@ -15,7 +15,6 @@ Pearson, Biometrika 26 (1934).
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from mechdiff.config import BOOTSTRAP_DRAWS, LEVEL, NOISE_FACTOR
 from mechdiff.errors import FitError
+from mechdiff.functional.percentiles import corrects, counting, ends, student
 
 Groups = Tensor | Sequence[Hashable]
 """One label per row; rows with the same label belong to one prompt."""
@@ -88,7 +88,7 @@ def bootstrap_mean(
     level: float = LEVEL,
     groups: Groups | None = None,
 ) -> Interval:
-    """Estimate a mean over rows and its percentile bootstrap interval.
+    """Estimate a mean over rows and its bootstrap interval.
 
     Args:
         values: One number per row, `(rows,)`.
@@ -117,10 +117,11 @@ def bootstrap_ratio(
     groups: Groups | None = None,
     complement: bool = False,
 ) -> Interval:
-    """Estimate a ratio of means and its percentile bootstrap interval, resampling both together.
+    """Estimate a ratio of means and its bootstrap interval, resampling both together.
 
     A resample whose denominator is zero or of the other sign bounds nothing: it pushes both ends outwards, to
-    infinity if there are enough of them. Check `measurable` on the denominator first.
+    infinity if there are enough of them. Check `measurable` on the denominator first. Where few prompts hold
+    most of the denominator, the interval is that of few prompts.
 
     Args:
         numerator: One number per row, `(rows,)`.
@@ -138,68 +139,17 @@ def bootstrap_ratio(
     >>> bootstrap_ratio(patched, unpatched, generator=generator(17), complement=True) == (0.75, 0.75, 0.75, 2)
     True
     """
-    cells = _clusters(torch.stack([_finite(numerator), _finite(denominator)], 1), groups)
-    top, bottom = cells.sum(0).tolist()
+    cells = _clusters(torch.stack([finite(numerator), finite(denominator)], 1), groups)
+    bottom = cells[:, 1].sum().item()
     if bottom == 0:
         raise FitError(f"the denominator of a ratio over {len(cells)} prompts is 0; it must differ from 0")
-    tops, bottoms = resample(cells, draws, generator).unbind(1)
-    ratios, usable = tops / bottoms, bottoms * math.copysign(1.0, bottom) > 0
-    value, ratios = (1 - top / bottom, 1 - ratios) if complement else (top / bottom, ratios)
-    low, high = _percentiles(ratios, usable, level)
-    return Interval(value, low, high, len(cells))
 
+    def ratio(sums: Tensor) -> Tensor:
+        usable = sums[:, 1] * math.copysign(1.0, bottom) > 0
+        share = torch.where(usable, sums[:, 0] / sums[:, 1], math.nan)
+        return 1 - share if complement else share
 
-def bootstrap_correlation(
-    x: Tensor,
-    y: Tensor,
-    classes: Groups | None = None,
-    *,
-    generator: torch.Generator,
-    draws: int = BOOTSTRAP_DRAWS,
-    level: float = LEVEL,
-) -> Interval:
-    """Estimate the pooled within-class Pearson correlation and its bootstrap interval.
-
-    Both variables are centred within each class, in the sample and again in each resample, so a difference
-    between classes is not mistaken for agreement within them. Resampling keeps the size of every class. A
-    resample without variance counts as 0.
-
-    Args:
-        x: One number per prompt, `(n,)`.
-        y: One number per prompt, `(n,)`.
-        classes: Class of each prompt (for example target or neutral); None is one class.
-        generator: Source of the resamples.
-        draws: Number of resamples.
-        level: Coverage.
-
-    Raises:
-        FitError: If either variable is constant within every class.
-
-    >>> x = torch.tensor([0.0, 1.0, 10.0, 11.0])
-    >>> round(bootstrap_correlation(x, -x, ["a", "a", "b", "b"], generator=generator(17)).value, 6)
-    -1.0
-    """
-    pairs = torch.stack([_finite(x), _finite(y)], 1)
-    index = (
-        group_index(classes, len(pairs))
-        if classes is not None
-        else torch.zeros(len(pairs), dtype=torch.int64)
-    )
-    parts = sorted((_ordered(pairs[index == c]) for c in index.unique()), key=lambda part: part.tolist())
-    full, drawn = torch.zeros(1, 3, dtype=torch.float64), torch.zeros(draws, 3, dtype=torch.float64)
-    for part in parts:
-        a, b = (part - part.mean(0)).unbind(1)
-        cells = torch.stack([a * b, a * a, b * b, a, b], 1)
-        full += _products(cells.sum(0, keepdim=True), len(part))
-        drawn += _products(resample(cells, draws, generator), len(part))
-    spread = torch.cat([part.abs().max(0, keepdim=True).values for part in parts]).max(0).values ** 2
-    if bool((full[0, 1:] <= 1e-28 * spread).any()):
-        raise FitError(
-            f"a correlation over {len(pairs)} prompts is undefined: one side is constant within every class"
-        )
-    value, r = (_correlation(products, 1e-28 * spread) for products in (full, drawn))
-    low, high = _percentiles(r, torch.ones_like(r, dtype=torch.bool), level)
-    return Interval(value.item(), low, high, len(pairs))
+    return _bootstrapped(cells, ratio, draws, level, generator, counting(cells[:, 1]))
 
 
 def bootstrap_sums(
@@ -211,11 +161,12 @@ def bootstrap_sums(
     level: float = LEVEL,
     groups: Groups | None = None,
 ) -> Interval:
-    """Estimate a function of column sums and its percentile bootstrap interval.
+    """Estimate a function of column sums and its bootstrap interval.
 
     Args:
         cells: Columns to sum, `(rows, columns)`.
-        statistic: Turns sums `(draws, columns)` into numbers `(draws,)`.
+        statistic: Turns sums `(draws, columns)` into numbers `(draws,)`; sums of all columns times a number
+            must give the same, as of a ratio. NaN where it is undefined.
         generator: Source of the resamples.
         draws: Number of resamples.
         level: Coverage.
@@ -229,13 +180,11 @@ def bootstrap_sums(
     sums = torch.zeros(int(index.max()) + 1, cells.shape[1], dtype=torch.float64)
     sums.index_add_(0, index[order], cells[order])
     sums = sums[sums.sum(1).argsort(stable=True)]
-    values = statistic(resample(sums, draws, generator))
-    low, high = _percentiles(values, torch.ones_like(values, dtype=torch.bool), level)
-    return Interval(statistic(sums.sum(0, keepdim=True)).item(), low, high, len(sums))
+    return _bootstrapped(sums, statistic, draws, level, generator)
 
 
 def jackknife(leave_one_out: Tensor, value: float, level: float = LEVEL) -> Interval:
-    """Put a normal interval around a statistic from its delete-one values.
+    """Put an interval of Student's t around a statistic from its delete-one values.
 
     Args:
         leave_one_out: The statistic without each prompt in turn, `(n,)`.
@@ -243,16 +192,18 @@ def jackknife(leave_one_out: Tensor, value: float, level: float = LEVEL) -> Inte
         level: Coverage.
 
     Returns:
-        `value` ± z·se with se² = (n − 1)/n · Σ (θ₋ᵢ − mean)².
+        `value` ± t·se with se² = (n − 1)/n · Σ (θ₋ᵢ − mean)², t with n − 1 degrees of freedom; unbounded with
+        one prompt.
 
     >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    >>> interval = jackknife((x.sum() - x) / 3, 2.5)  # of a mean: z times the usual standard error
-    >>> round(interval.high - interval.value, 4), round(1.959964 * (x.std() / 2).item(), 4)
-    (1.2652, 1.2652)
+    >>> interval = jackknife((x.sum() - x) / 3, 2.5)  # of a mean: t times the usual standard error
+    >>> round(interval.high - interval.value, 4), round(3.182446 * (x.std() / 2).item(), 4)
+    (2.0543, 2.0543)
     """
-    values = _finite(leave_one_out).sort().values
+    values = finite(leave_one_out).sort().values
     n = len(values)
-    half = _z(level) * math.sqrt((n - 1) / n * (values - values.mean()).square().sum().item())
+    error = math.sqrt((n - 1) / n * (values - values.mean()).square().sum().item())
+    half = student(level, n) * error if n > 1 else math.inf
     return Interval(value, value - half, value + half, n)
 
 
@@ -272,8 +223,15 @@ def measurable(gap: Interval, noise_floor: float = 0.0) -> bool:
     return gap.low > 0 and gap.value > NOISE_FACTOR * noise_floor
 
 
-def _finite(values: Tensor) -> Tensor:
-    """Return a float64 CPU copy; anything that is not finite is a fault upstream."""
+def finite(values: Tensor) -> Tensor:
+    """Return a float64 CPU copy of a number per row; anything that is not finite is a fault upstream.
+
+    Raises:
+        FitError: If there are no rows.
+
+    >>> finite(torch.tensor([1, 2])).dtype
+    torch.float64
+    """
     values = values.detach().to("cpu", torch.float64)
     assert values.ndim == 1, f"expected one number per row, got shape {tuple(values.shape)}"
     assert bool(values.isfinite().all()), "statistics need finite values"
@@ -291,16 +249,21 @@ def row_order(cells: Tensor) -> Tensor:
     return cells.unique(dim=0, return_inverse=True)[1].argsort(stable=True)
 
 
-def _ordered(cells: Tensor) -> Tensor:
+def ordered(cells: Tensor) -> Tensor:
+    """Return the rows in lexicographic order.
+
+    >>> ordered(torch.tensor([[2.0], [1.0]])).tolist()
+    [[1.0], [2.0]]
+    """
     return cells[row_order(cells)]
 
 
 def _clusters(cells: Tensor, groups: Groups | None) -> Tensor:
     """Sum the rows of each group, in an order that depends on the values alone."""
     if groups is None:
-        return _ordered(cells)
+        return ordered(cells)
     index = group_index(groups, len(cells))
-    return _ordered(torch.stack([_ordered(rows).sum(0) for rows in _split(cells, index)]))
+    return ordered(torch.stack([ordered(rows).sum(0) for rows in _split(cells, index)]))
 
 
 def _split(cells: Tensor, index: Tensor) -> Iterable[Tensor]:
@@ -322,24 +285,18 @@ def resample(cells: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     return torch.cat(sums)
 
 
-def _products(sums: Tensor, n: int) -> Tensor:
-    """Turn sums of ab, aa, bb, a, b over n rows into centred ab, aa, bb."""
-    ab, aa, bb, a, b = sums.unbind(1)
-    return torch.stack([ab - a * b / n, aa - a * a / n, bb - b * b / n], 1)
-
-
-def _correlation(products: Tensor, floor: Tensor) -> Tensor:
-    ab, aa, bb = products.unbind(1)
-    defined = (aa > floor[0]) & (bb > floor[1])
-    return torch.where(defined, ab / (aa * bb).where(defined, torch.ones(())).sqrt(), 0.0).clamp(-1, 1)
-
-
-def _percentiles(values: Tensor, usable: Tensor, level: float) -> tuple[float, float]:
-    tail = (1 - level) / 2
-    low = torch.where(usable, values, -math.inf).quantile(tail, interpolation="lower")
-    high = torch.where(usable, values, math.inf).quantile(1 - tail, interpolation="higher")
-    return low.item(), high.item()
-
-
-def _z(level: float) -> float:
-    return NormalDist().inv_cdf((1 + level) / 2)
+def _bootstrapped(
+    sums: Tensor,
+    statistic: Callable[[Tensor], Tensor],
+    draws: int,
+    level: float,
+    generator: torch.Generator,
+    count: int | None = None,
+) -> Interval:
+    """Bound a function of column sums over prompts, of which so many count."""
+    n, total = len(sums), sums.sum(0, keepdim=True)
+    value = statistic(total)
+    left_out = statistic(total - sums)[:, None] if corrects(n) else None
+    drawn = statistic(resample(sums, draws, generator))[:, None]
+    low, high = ends(value, drawn, (count or n) if n > 1 else None, level, left_out)
+    return Interval(value.item(), low.item(), high.item(), n)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from scipy import stats as reference
 
 from mechdiff.errors import FitError
-from mechdiff.functional.intervals import bootstrap_means, centred, detectable, student
+from mechdiff.functional.intervals import bootstrap_means, centred, detectable, prompts_needed
+from mechdiff.functional.percentiles import student, student_below
 from mechdiff.functional.stats import bootstrap_mean, bootstrap_ratio, generator
 
 
@@ -88,6 +89,8 @@ def test_a_constant_has_no_width_and_an_undefined_resample_bounds_nothing():
     x = torch.tensor([[1.0], [-0.9], [0.2]])
     wide = bootstrap_means(x, undefined, generator=generator(9), method="percentile").at(0)
     assert (wide.low, wide.high) == (-math.inf, math.inf)
+    x = torch.cat([torch.ones(1), torch.zeros(9)])[:, None]  # without the first prompt nothing is defined
+    assert bootstrap_means(x, undefined, generator=generator(9), method="bca").at(0).low == -math.inf
 
 
 def test_centred_keeps_to_what_is_possible():
@@ -101,6 +104,12 @@ def test_centred_keeps_to_what_is_possible():
 def test_students_quantile_is_that_of_scipy(n):
     for level in (0.9, 0.95):
         assert student(level, n) == pytest.approx(reference.t.ppf((1 + level) / 2, n - 1), rel=1e-12)
+
+
+@pytest.mark.parametrize("t", [-2.5, -0.1, 0.0, 1.0, 40.0])
+def test_students_distribution_is_that_of_scipy(t):
+    for n in (2, 3, 12, 41):
+        assert student_below(t, n) == pytest.approx(reference.t.cdf(t, n - 1), rel=1e-9, abs=1e-13)
 
 
 @pytest.mark.parametrize("n", [8, 16, 60])
@@ -119,6 +128,11 @@ def test_what_is_detectable_is_found_with_its_power(n):
     effect = detectable(2.0, n, power=0.8) / (2.0 / math.sqrt(n))
     z = reference.norm.ppf(0.975)
     assert reference.norm.sf(z - effect) + reference.norm.cdf(-z - effect) == pytest.approx(0.8, abs=1e-4)
+
+
+def test_prompts_needed_detect_what_they_are_needed_for():
+    n = prompts_needed(2.0, 0.3)
+    assert detectable(2.0, n) <= 0.3 < detectable(2.0, n - 1)
 
 
 def test_one_prompt_is_too_few():

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as reference
 
-from mechdiff.functional.permutation import FEWEST, benjamini_hochberg, sign_flip, swap_floor
+from mechdiff.errors import FitError
+from mechdiff.functional.permutation import FEWEST, benjamini_hochberg, label_shuffle, sign_flip, swap_floor
 from mechdiff.functional.stats import generator
 
 
@@ -111,3 +112,31 @@ def test_blocks_change_nothing(monkeypatch):
     whole = sign_flip(d, generator=generator(9))
     monkeypatch.setattr("mechdiff.functional.permutation._CHUNK", 63)
     assert sign_flip(d, generator=generator(9)).p_max.tolist() == whole.p_max.tolist()
+
+
+def test_shuffled_labels_agree_with_scipy():
+    table, labels = differences(14, 3), torch.arange(14) < 6
+    table[labels] += torch.tensor([0.0, 0.8, 2.0])
+    found = label_shuffle(table, labels, generator=generator(9))
+    parts = table[labels].numpy(), table[~labels].numpy()
+
+    def size(a, b, axis):
+        return np.abs(a.mean(axis) - b.mean(axis))
+
+    theirs = reference.permutation_test(parts, size, n_resamples=np.inf, alternative="greater")
+    assert found.p.tolist() == pytest.approx(theirs.pvalue.tolist(), abs=0.015)
+    assert found.p[2] < 0.02
+    order = torch.randperm(14, generator=generator(10))
+    assert torch.equal(label_shuffle(table[order], labels[order], generator=generator(9)).p, found.p)
+
+
+def test_the_largest_of_many_shuffled_differences_keeps_its_rate():
+    labels = torch.arange(20) < 10
+    fired = 0
+    for trial in range(200):
+        found = label_shuffle(differences(20, 30, trial), labels, generator=generator(11, trial), draws=199)
+        assert (found.p_max >= found.p).all()
+        fired += found.p_max.min() <= 0.05
+    assert fired <= 200 * 0.05 + 2.6 * np.sqrt(200 * 0.05 * 0.95)
+    with pytest.raises(FitError, match="0 of 20 prompts are of the first group"):
+        label_shuffle(differences(20, 3), labels & False, generator=generator(11))
