@@ -48,6 +48,7 @@ AFTER_FIRST = 2
 """Number of the first token that is edited where there is no prompt, counted from 1."""
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""Texts of context and continuation, None for a window of a text; their tokens."""
 
 
 @register_model(NAME)
@@ -147,6 +148,9 @@ class PairLM(HFLM):
     ) -> list[tuple[float, bool]]:
         if self.handle is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        if self.batch_size == "auto" and override_bs is None and requests:  # once, not for every group
+            longest = max(requests, key=lambda request: len(request[1]) + len(request[2]))
+            override_bs = self._detect_batch_size([longest])
         alike: dict[int, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             alike[self._begins(request)].append(number)

@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ours(place: Path, kind: str | None = None, **options: object) -> PairLM:
     path = str(place / f"{kind}.safetensors") if kind else None
-    return PairLM(str(place / "pair.yaml"), handle=path, device="cpu", batch_size=3, **options)
+    return PairLM(str(place / "pair.yaml"), handle=path, device="cpu", **{"batch_size": 3} | options)
 
 
 def scores(harness: HFLM, cuts: Sequence[tuple[str, str]] = CUTS) -> list[tuple[float, bool]]:
@@ -104,6 +104,12 @@ def test_where_the_context_ends_matters(place: Path) -> None:
     _, tail = scores(harness, [CUTS[0], CUTS[3]])[1], late[1]
     whole = forward(harness, late[0], tail, len(early[0]), 512, "mapped")
     assert abs(whole[0] - scores(harness, [CUTS[0], CUTS[3]])[1][0]) > 1e-3
+
+
+def test_batches_of_automatic_size_change_nothing(place: Path) -> None:
+    found = scores(ours(place, "mapped", batch_size="auto", max_batch_size=4))
+    expected = scores(ours(place, "mapped"))
+    assert [s for s, _ in found] == pytest.approx([s for s, _ in expected], abs=1e-4)
 
 
 @pytest.mark.parametrize("how", ["no handle", "alpha 0"])

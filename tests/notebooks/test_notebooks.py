@@ -109,8 +109,12 @@ def test_they_run_in_order_on_a_tiny_pair(tmp_path: Path, monkeypatch: pytest.Mo
     values = {"pair": str(pair), "configs": str(configs), "out": str(tmp_path / "out")}
     values["more"] = ["--trainer.accelerator=cpu", f"--extraction.root={tmp_path / 'stores'}"]
     notebooks = [with_parameters(nbformat.read(file, as_version=4), **values) for file in FILES]
-    client = NotebookClient(nbformat.v4.new_notebook(), timeout=240, kernel_name="python3")
-    with client.setup_kernel(cwd=str(tmp_path), env=os.environ | {"OMP_NUM_THREADS": "1"}):
+    client = NotebookClient(
+        nbformat.v4.new_notebook(), timeout=None, kernel_name="python3", startup_timeout=240
+    )
+    with client.setup_kernel(
+        cwd=str(tmp_path), env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ):
         for file, notebook in zip(FILES, notebooks, strict=True):
             client.nb = notebook
             for index, cell in enumerate(notebook.cells):
@@ -118,6 +122,7 @@ def test_they_run_in_order_on_a_tiny_pair(tmp_path: Path, monkeypatch: pytest.Mo
             run = tmp_path / "out" / "tiny" / RUNS[file.stem]
             results = Results.read(run / "results.json")
             assert {r.question for r in results} == {RUNS[file.stem]}
+            assert not [o for o in outputs(notebook) if o.get("name") == "stderr"]
             text = said(notebook)
             assert f"{len(results)} records" in text
             assert all(column in text for column in ("control", "value", "low", "high", " n "))
