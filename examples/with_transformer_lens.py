@@ -5,7 +5,7 @@ Run it as: python -m examples.with_transformer_lens PAIR STORE HANDLE
 1. `resid_post.L` of a store is `blocks.L.hook_resid_post` of a bridge that holds the weights as they are.
    With `enable_compatibility_mode()` the bridge folds norms and centres weights: it is another residual then,
    and neither rows nor handles fit it.
-2. The bridge wraps the model in place and switches it to eager attention, so it is given a copy.
+2. The bridge changes what it is given (eager attention, a padding token), so it is given copies.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mechdiff.handles.files import Handle
 
 
 def bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
-    """Wrap a copy of a model."""
+    """Wrap a copy of a model and its tokenizer."""
     name = model.config.name_or_path
-    own = copy.deepcopy(model)
-    return TransformerBridge.boot_transformers(name, hf_model=own, tokenizer=tokenizer, dtype=model.dtype)
+    own, spoken = copy.deepcopy(model), copy.deepcopy(tokenizer)
+    return TransformerBridge.boot_transformers(name, hf_model=own, tokenizer=spoken, dtype=model.dtype)
 
 
 def states(bridged: TransformerBridge, ids: Tensor, layer: int) -> Tensor:
