@@ -70,6 +70,8 @@ def write_configs(folder: Path) -> Path:
         del body["pair"]
         calls = [{"class_path": f"mechdiff.callbacks.{c}", "init_args": a} for c, a in callbacks.items()]
         body["trainer"]["callbacks"] = calls
+        if name == "clt":
+            body["data"]["init_args"] = {"tokens": None}  # all of them are fewer than are asked for
         (folder / f"{name}_cultural.yaml").write_text(yaml.safe_dump(body))
     return folder
 
