@@ -9,10 +9,10 @@ CONFIG ?= configs/clt_cultural.yaml
 PAIRS  ?= configs/pairs/cultural_smol.yaml configs/pairs/cognitive_smol.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo study test lint docs format clean
+.PHONY: help env demo study notebooks test lint docs format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP) ## make .venv with pinned packages and the embedded model (instant when up to date)
 
@@ -29,6 +29,9 @@ demo: env ## fit a map from a base to its tuned sibling and patch with it (CONFI
 
 study: env ## run RQ1 to RQ4 on both embedded pairs and write one report (ARGS="--quick" is shorter)
 	$(PY) -m mechdiff study --pair $(PAIRS) $(ARGS)
+
+notebooks: env ## run the notebooks on the embedded pair and keep what they show
+	$(VENV)/bin/jupyter-execute --inplace --NotebookClient.record_timing=False mechdiff/notebooks/*.ipynb
 
 test: env ## run the test suite (ARGS="-k hooks" selects)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)

@@ -44,10 +44,12 @@ _HOMES = {
     "mechdiff.pairs.voice": ("logprob_correct",),
     "mechdiff.pairs.tokenizers": ("SharedVocab", "load_tokenizers", "shared_vocab_maps"),
     "mechdiff.reporting.divergence": ("plot_divergence_curve", "plot_layer_patch"),
+    "mechdiff.reporting.export": ("as_table", "write_records"),
     "mechdiff.reporting.grafts": ("plot_graft_bars",),
     "mechdiff.reporting.head_churn": ("plot_head_churn",),
     "mechdiff.reporting.plotting": ("plot_clt_bars", "plot_patch_bars"),
     "mechdiff.reporting.report.page": ("write_report",),
+    "mechdiff.reporting.steering": ("plot_effect_vs_k",),
     "mechdiff.reporting.table": ("summary",),
     "mechdiff.results": ("Record", "Results"),
 }

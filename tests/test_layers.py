@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "pairs": {"interventions", "functional"},
     "interventions": {"functional"},
     "handles": {"functional", "interventions"},  # what a handle needs once it has left its pair
+    "lm_eval": {"handles", "pairs", "study"},  # a model of a pair in a harness that knows no pairs
     "functional": set(),
     "provenance": {"pairs"},  # what a run says of its models
     "config": set(),

@@ -20,7 +20,7 @@ import mechdiff
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RUNTIME = [Requirement(r) for r in PROJECT["dependencies"]]
-DEV = [Requirement(r) for group in PROJECT["optional-dependencies"].values() for r in group]
+EXTRAS = {n: [Requirement(r) for r in rs] for n, rs in PROJECT["optional-dependencies"].items()}
 PINS = {
     canonicalize_name(name): version
     for name, version in (
@@ -29,13 +29,16 @@ PINS = {
 }
 
 
-@pytest.mark.parametrize("requirement", RUNTIME + DEV, ids=str)
+ALL = [*RUNTIME, *(requirement for extra in EXTRAS.values() for requirement in extra)]
+
+
+@pytest.mark.parametrize("requirement", ALL, ids=str)
 def test_every_requirement_is_pinned_within_its_range(requirement: Requirement) -> None:
     assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)])
 
 
 def test_ranges_are_open_but_for_the_references_that_numbers_are_compared_with() -> None:
-    assert {r.name for r in RUNTIME + DEV for s in r.specifier if s.operator != ">="} == {"captum", "lm-eval"}
+    assert {r.name for r in ALL for s in r.specifier if s.operator != ">="} == {"captum", "lm-eval"}
 
 
 def test_pins_carry_no_local_version() -> None:
@@ -45,20 +48,21 @@ def test_pins_carry_no_local_version() -> None:
 
 
 def test_every_import_is_a_declared_requirement() -> None:
-    found = set()
-    for path in (ROOT / "mechdiff").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-                found.add(node.module.split(".")[0])
     owners = packages_distributions()
-    declared = {canonicalize_name(r.name) for r in RUNTIME}
-    foreign = found - set(sys.stdlib_module_names) - {"mechdiff"}
-    undeclared = {
-        name for name in foreign if not declared & {canonicalize_name(o) for o in owners.get(name, [])}
-    }
-    assert not undeclared
+    for room in {p.parent for p in (ROOT / "mechdiff").rglob("*.py")}:
+        found = set()
+        for path in room.glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                    found.add(node.module.split(".")[0])
+        declared = {canonicalize_name(r.name) for r in [*RUNTIME, *EXTRAS.get(room.name, [])]}
+        foreign = found - set(sys.stdlib_module_names) - {"mechdiff"}
+        undeclared = {
+            name for name in foreign if not declared & {canonicalize_name(o) for o in owners.get(name, [])}
+        }
+        assert not undeclared, room
 
 
 @pytest.mark.parametrize("name", mechdiff.__all__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from mechdiff.errors import ConfigError
 from mechdiff.reporting.report.runs import Study, read_study
+from mechdiff.results import Record
 
 FORMATS = (".csv", ".parquet")
 COLUMNS: dict[str, pa.DataType] = {
@@ -61,12 +62,28 @@ def write_records(places: Sequence[str | Path], path: str | Path) -> Path:
     return path
 
 
+def as_table(records: Iterable[Record], *columns: str) -> pa.Table:
+    """Return records, one per row, for a look at them in a notebook.
+
+    Args:
+        records: Those of a run, or some of them: see `Results.select`.
+        columns: Attributes of a record, or entries of its ``params``, as `Results.select` has them; all
+            attributes by default.
+    """
+    names = columns or tuple(name for name in COLUMNS if name not in ("pair", "file"))
+    rows = [record.params | _row(record) for record in records]
+    return pa.table({name: pa.array([row.get(name) for row in rows], COLUMNS.get(name)) for name in names})
+
+
+def _row(record: Record) -> dict[str, Any]:
+    params = json.dumps(record.params, sort_keys=True, ensure_ascii=False)
+    return asdict(record) | {"params": params, "flags": " ".join(record.flags)}
+
+
 def _rows(study: Study) -> Iterator[dict[str, Any]]:
     held = [(p.name, str(run.path), run.results) for p in study.pairs for run in p.runs.values()]
     if len(study.contrasts):
         held.append((study.contrast_name, str(study.contrasts.provenance.get("file", "")), study.contrasts))
     for pair, file, results in held:
         for record in results:
-            params = json.dumps(record.params, sort_keys=True, ensure_ascii=False)
-            own = {"pair": pair, "file": file, "params": params, "flags": " ".join(record.flags)}
-            yield asdict(record) | own
+            yield _row(record) | {"pair": pair, "file": file}

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mechdiff.__main__ import main
-from mechdiff.reporting.export import write_records
+from mechdiff.reporting.export import COLUMNS, as_table, write_records
 from mechdiff.results import Results
 from tests.reporting.report.make_study import study
 
@@ -46,6 +46,18 @@ def test_the_command_writes_it_beside_the_report(tmp_path: Path, capsys: pytest.
     missing = [row for row in rows if row["reason"]]
     assert missing
     assert all(row["value"] == "" for row in missing)
+
+
+def test_records_are_shown_with_the_columns_asked_for(tmp_path: Path) -> None:
+    run = study(tmp_path, ("cultural_smol",), ("rq2",)) / "cultural_smol" / "rq2"
+    records = Results.read(run / "results.json").select(quantity="r2_delta")
+    rows = as_table(records, "site", "lambda_", "value", "n").to_pylist()
+    assert rows == [
+        {"site": r.site, "lambda_": r.params.get("lambda_"), "value": r.value, "n": r.n} for r in records
+    ]
+    assert records
+    assert as_table(records).column_names == [name for name in COLUMNS if name not in ("pair", "file")]
+    assert as_table([], "site", "head").to_pylist() == []
 
 
 def test_another_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

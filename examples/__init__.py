@@ -1,0 +1,1 @@
+"""What mechdiff leaves behind, used in other libraries."""
