@@ -1,14 +1,16 @@
-# make env · make demo · make study · make test · make lint
+# make env · make demo · make study · make test · make bench · make lint
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 STAMP  := $(VENV)/.installed
+PEERS  := .venv-bench
+PINNED := --constraint constraints.txt --constraint benchmarks/peers.txt
 CONFIG ?= configs/clt_cultural.yaml
 PAIRS  ?= configs/pairs/cultural_smol.yaml configs/pairs/cognitive_smol.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo study test lint format clean
+.PHONY: help env demo study test bench lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +34,19 @@ study: env ## run RQ1 to RQ4 on both embedded pairs and write one report (ARGS="
 test: env ## run the test suite (ARGS="-k hooks" selects)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
+bench: env $(PEERS)/.installed ## measure speed beside other tools on this CPU (ARGS="--parts sweeps" is shorter)
+	HF_HUB_OFFLINE=1 $(PY) -m benchmarks.cpu $(ARGS)
+
+$(PEERS)/.installed: constraints.txt benchmarks/peers.txt $(STAMP)
+	@# The other tools see the packages of $(VENV), torch among them, and bring what is theirs alone.
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PY) -c 'import site; print("import site; site.addsitedir(" + repr(site.getsitepackages()[0]) + ")")' > $$(ls -d $(PEERS)/lib/python3*/site-packages)/shared.pth
+	@# What cannot be installed is listed as not measured.
+	for tool in nnsight transformer-lens; do \
+	  $(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet $(PINNED) $$tool || echo "$$tool cannot be installed"; \
+	done
+	@touch $@
+
 lint: env ## check style and types
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
@@ -42,5 +57,5 @@ format: env ## rewrite files in the project's style
 	$(PY) -m ruff format
 
 clean: ## remove the environment and caches; keeps runs/ and stores/
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

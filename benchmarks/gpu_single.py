@@ -40,7 +40,7 @@ from mechdiff.extraction import extractor
 from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
 from mechdiff.extraction.plan import PlannedShard
 from mechdiff.extraction.writer import ActivationWriter
-from mechdiff.functional.cka import linear_cka
+from mechdiff.functional.cka import cka_from_sums, linear_cka
 from mechdiff.functional.clt import ridge_path
 from mechdiff.functional.moments import Moments
 from mechdiff.functional.steering import orthonormal
@@ -314,7 +314,7 @@ class Bench:
             }
             self.keep(f"moments of {name}, d = {width}", figures)
         pair, own = sums["map"], sums["target"]
-        streamed = float(pair.xy.square().sum() / (pair.xx.norm() * own.xx.norm()))
+        streamed = float(cka_from_sums(pair.xy, pair.xx, own.xx))
         took = timed(lambda: linear_cka(x, y), device, 3)
         direct = float(linear_cka(x, y))
         solve = timed(lambda: ridge_path(pair, LAMBDA_GRID, shrink="identity"), device, 1)

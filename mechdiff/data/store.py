@@ -25,7 +25,7 @@ from mechdiff.errors import StoreError
 from mechdiff.interventions.sites import POSITIONS, SUFFIX, USER, Site
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_GAP = 256  # rows: reading a gap this wide costs less than a second request
+_AT_ONCE = 1 << 19  # bytes that are read before they are put in their places
 
 
 class Rows(NamedTuple):
@@ -61,6 +61,7 @@ class ActivationStore:
 
     def __init__(self, folder: Path, contents: Contents) -> None:
         self.folder, self.identity, self.examples = folder, contents.identity, contents.examples
+        self._offsets: dict[tuple[Path, str], int] = {}
         self.prefix, self.suffix = contents.prefix, contents.suffix
         found = passes(folder, self.identity.key)
         if not found:
@@ -138,23 +139,54 @@ class ActivationStore:
         assert index.size == 0 or (index.min() >= 0 and index.max() < len(self)), "row out of range"
         order = np.argsort(index, kind="stable")
         wanted = index[order]
-        out = torch.empty(len(index), self.width(site))
+        out = np.empty((len(index), self.width(site)), np.float32)
         for shard, start, end in zip(part.shards, part.starts, part.starts[1:], strict=False):
             first, stop = np.searchsorted(wanted, [start, end])
             local, places = wanted[first:stop] - start, order[first:stop]
             if not local.size:
                 continue
-            with _opened(part.folder / shard.file) as file:
-                data = file[f"sites/{name}"]
-                for run in np.split(np.arange(local.size), np.flatnonzero(np.diff(local) > _GAP) + 1):
-                    low, high = local[run[0]], local[run[-1]] + 1
-                    out[places[run]] = decode(data[low:high], self.identity.dtype)[local[run] - low]
-        return out
+            self._place(part.folder / shard.file, name, local, places, out)
+        return torch.from_numpy(out)
 
     def blocks(self, site: Site | str, size: int = 4096) -> Iterator[Tensor]:
         """Read a site in order, `size` rows at a time."""
         for rows in torch.arange(len(self)).split(size):
             yield self.read(site, rows)
+
+    def _place(
+        self, path: Path, name: str, local: np.ndarray, places: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Read ascending rows of a shard and put each in its place.
+
+        A few rows at a time: they are still in the processor's cache when they are put there. Neighbours are
+        one request.
+        """
+        kind = np.dtype(np.uint16 if self.identity.dtype == "bfloat16" else np.float32)
+        size, begin = out.shape[1] * kind.itemsize, self._offset(path, name)
+        some = np.empty((max(_AT_ONCE // size, 1), out.shape[1]), kind)
+        try:
+            with path.open("rb", buffering=0) as file:
+                for start in range(0, len(local), len(some)):
+                    wanted = local[start : start + len(some)]
+                    cuts = (np.flatnonzero(np.diff(wanted) != 1) + 1).tolist()
+                    for low, high in zip([0, *cuts], [*cuts, len(wanted)], strict=True):
+                        file.seek(begin + int(wanted[low]) * size)
+                        if file.readinto(some[low:high]) != (high - low) * size:
+                            raise StoreError(f"cannot read {path}: it is shorter than it was")
+                    found = decode(some[: len(wanted)], self.identity.dtype).numpy()
+                    out[places[start : start + len(some)]] = found
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error}") from error
+
+    def _offset(self, path: Path, name: str) -> int:
+        """Return where the rows of a site begin in a shard; they lie there as they are in memory."""
+        if (path, name) not in self._offsets:
+            with _opened(path) as file:
+                found = file[f"sites/{name}"].id.get_offset()
+            if found is None:
+                raise StoreError(f"cannot read {path}: {name} does not lie in one piece")
+            self._offsets[path, name] = int(found)
+        return self._offsets[path, name]
 
     def _pass(self, site: Site | str) -> Pass:
         site = Site.parse(site)

@@ -1,0 +1,112 @@
+"""Reading shuffled training batches from the stores of a pair, beside one row at a time and beside a copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.clock import Turn, in_turn, median, ratio, turn
+from benchmarks.cpu.analysis import both_stores
+from benchmarks.cpu.bench import Bench
+from mechdiff.data.activations import ActivationPairs
+from mechdiff.data.store import ActivationStore
+
+SITES = 2
+"""Sites of each store that are read row by row."""
+
+
+def reading(bench: Bench) -> None:
+    """Measure an epoch of training batches."""
+    source, target = both_stores(bench)
+    sites = [str(site) for site in source.sites[:SITES]]
+    data = ActivationPairs(
+        str(source.folder),
+        str(target.folder),
+        sites=sites,
+        tokens=None,
+        val_frac=0.01,
+        batch_size=bench.size.batch,
+    )
+    data.setup("fit")
+    loader = data.train_dataloader()
+    wanted = [list(index) for index in loader.sampler]
+    joined = data.joined
+    kept: dict[str, dict[str, Tensor]] = {}
+
+    def ours() -> Turn:
+        def epoch() -> None:
+            for batch in loader:
+                kept.setdefault("ours", batch["target"])
+
+        return turn(epoch)
+
+    merged = _merged(source, target, sites, bench.work / "rows.h5")
+
+    def by_row() -> Turn:
+        def epoch() -> None:
+            with h5py.File(merged, "r") as file:
+                for index in wanted:
+                    rows = torch.tensor(index)
+                    for side, places in (("source", joined.source), ("target", joined.target)):
+                        found = {
+                            name: torch.from_numpy(
+                                np.stack([file[f"{side}/{name}"][i] for i in places[rows].tolist()])
+                            )
+                            for name in sites
+                        }
+                    kept.setdefault("by_row", found)
+
+        return turn(epoch)
+
+    memory = {
+        (side, name): store.read(name)
+        for side, store in (("source", source), ("target", target))
+        for name in sites
+    }
+
+    def copied() -> Turn:
+        """Copy as many contiguous rows, batch by batch, out of memory."""
+
+        def epoch() -> None:
+            for index in wanted:
+                for rows in memory.values():
+                    rows[: len(index)].clone()
+
+        return turn(epoch)
+
+    ours()
+    loader.sampler.set_epoch(0)  # the order that `wanted` has
+    kept.clear()
+    found = in_turn(
+        {"copied": copied, "ours": ours, "by_row": by_row}, bench.size.rounds, {"by_row": bench.size.slow}
+    )
+    same = all(torch.equal(kept["ours"][name], kept["by_row"][name]) for name in sites)
+    assert same, "rows read one by one differ"
+    size = sum(map(len, wanted)) * 2 * len(sites) * bench.base.width * 4
+    figures = {f"{name}_seconds": median(turns) for name, turns in found.items()}
+    figures |= {"batches": len(wanted), "rows": sum(map(len, wanted)), "mb": size / 1e6}
+    figures |= {"ours_gb_per_s": size / 1e9 / median(found["ours"]), "same_bits": same}
+    why = (
+        f"{size / 1e6:.0f} MB; a row is gathered from where it lies, put in its place and freed: "
+        f"read and written at least once each, as in the copy, in pieces of {4 * bench.base.width} bytes"
+    )
+    bench.keep(
+        f"reading a store, shuffled batches of {bench.size.batch} rows",
+        figures,
+        why,
+        over_rows_by_h5py=ratio(found["by_row"], found["ours"], 20.0),
+        share_of_a_copy=ratio(found["copied"], found["ours"], 0.8),
+    )
+
+
+def _merged(source: ActivationStore, target: ActivationStore, sites: list[str], path: Path) -> Path:
+    """Write the same rows as someone would who reads them one by one: one data set for each site."""
+    with h5py.File(path, "w") as file:
+        for side, store in (("source", source), ("target", target)):
+            for name in sites:
+                file[f"{side}/{name}"] = store.read(name).numpy()
+    return path
