@@ -14,8 +14,8 @@ from typing import Any, Self
 
 import torch
 
-from benchmarks.clock import Turn
 from benchmarks.shapes import ROOT
+from benchmarks.turns import Turn
 
 LAST_LINES = 3
 

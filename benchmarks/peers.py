@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clock import turn
+from benchmarks.turns import turn
 
 Job = dict[str, Any]
 Work = Callable[[], Any]

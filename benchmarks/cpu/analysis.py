@@ -8,11 +8,11 @@ import h5py
 import torch
 from torch import Tensor
 
-from benchmarks.clock import Turn, in_turn, median, ratio, turn
 from benchmarks.cpu.arithmetic import limit
 from benchmarks.cpu.bench import Bench
 from benchmarks.cpu.extraction import STORES
 from benchmarks.peer import Peer
+from benchmarks.turns import Turn, in_turn, median, ratio, turn
 from mechdiff.config import LAMBDA_GRID
 from mechdiff.data.join import join
 from mechdiff.data.store import ActivationStore

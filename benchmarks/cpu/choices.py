@@ -6,11 +6,11 @@ import json
 
 import torch
 
-from benchmarks.clock import Turn, in_turn, median, ratio, turn
 from benchmarks.cpu.arithmetic import limit
 from benchmarks.cpu.bench import Bench
 from benchmarks.peer import Peer
 from benchmarks.shapes import ROOT
+from benchmarks.turns import Turn, in_turn, median, ratio, turn
 from mechdiff.data.benchmarks.loaders import multiple_choice
 from mechdiff.functional.scoring import DELIMITER, FORMATS, question_prompt
 from mechdiff.pairs.loading import LoadedModel

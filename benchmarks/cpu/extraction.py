@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.clock import Turn, in_turn, median, ratio, turn
 from benchmarks.corpus import corpus
 from benchmarks.cpu.arithmetic import limit
 from benchmarks.cpu.bench import Bench
 from benchmarks.peer import NotMeasured, Peer
 from benchmarks.shapes import ROOT
+from benchmarks.turns import Turn, in_turn, median, ratio, turn
 from mechdiff import prepare
 from mechdiff.data.store import ActivationStore
 from mechdiff.extraction.extractor import ensure_store

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clock import Turn, in_turn, median, ratio, turn
 from benchmarks.cpu.arithmetic import limit
 from benchmarks.cpu.bench import Bench
 from benchmarks.cpu.sweeps import token_rows
 from benchmarks.peer import Peer
+from benchmarks.turns import Turn, in_turn, median, ratio, turn
 from mechdiff.interventions.attribution import attribute, integrated_gradients
 from mechdiff.interventions.head_patching import patch_heads
 from mechdiff.interventions.head_runs import ZERO, Baseline, Batch, clean_states

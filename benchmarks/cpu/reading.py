@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.clock import Turn, in_turn, median, ratio, turn
 from benchmarks.cpu.analysis import both_stores
 from benchmarks.cpu.bench import Bench
+from benchmarks.turns import Turn, in_turn, median, ratio, turn
 from mechdiff.data.activations import ActivationPairs
 from mechdiff.data.store import ActivationStore
 

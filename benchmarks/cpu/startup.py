@@ -7,9 +7,9 @@ import subprocess
 import sys
 import time
 
-from benchmarks.clock import Turn, in_turn, median, ratio
 from benchmarks.cpu.bench import Bench
 from benchmarks.shapes import ROOT
+from benchmarks.turns import Turn, in_turn, median, ratio
 
 COMMANDS = {"help": ["train.py", "--help"], "lightning": ["-c", "import lightning"]}
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clock import Turn, in_turn, median, ratio, turn
 from benchmarks.corpus import corpus
 from benchmarks.cpu.arithmetic import limit
 from benchmarks.cpu.bench import Bench
 from benchmarks.sweep import Sweep, handles
+from benchmarks.turns import Turn, in_turn, median, ratio, turn
 from mechdiff.interventions.suffix import SuffixEngine
 from mechdiff.pairs.alignment import encode
 

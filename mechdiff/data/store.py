@@ -153,9 +153,7 @@ class ActivationStore:
         for rows in torch.arange(len(self)).split(size):
             yield self.read(site, rows)
 
-    def _place(
-        self, path: Path, name: str, local: np.ndarray, places: np.ndarray, out: np.ndarray
-    ) -> None:
+    def _place(self, path: Path, name: str, local: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
         """Read ascending rows of a shard and put each in its place.
 
         A few rows at a time: they are still in the processor's cache when they are put there. Neighbours are

@@ -134,8 +134,8 @@ def integrated_gradients(
 ) -> Integrated:
     """Attribute numbers to the heads of one layer along the straight line from a baseline.
 
-    The nodes are rows of one batch that starts after the layer's attention. The two ends need no gradient: one
-    is the clean run, the other is run by itself.
+    The nodes are rows of one batch that starts after the layer's attention. The two ends need no gradient:
+    one is the clean run, the other is run by itself.
 
     Args:
         engine: Of the model.
