@@ -131,7 +131,8 @@ def outlook(
         seconds, rows = seconds + cost.seconds, max(rows, cost.rows)
         yield f"extract {model.role}: {len(texts)} texts, {cost.tokens} tokens with padding"
         yield f"  {len(sites)} sites up to block {max(s.layer for s in sites)}, {cost.rows} rows"
-        yield f"  {cost.operations / 1e12:.3g} TFLOP, {cost.stored / GIB:.3g} GiB on disk, {cost.seconds:.3g} s"
+        stored = f"{cost.stored / GIB:.3g} GiB on disk"
+        yield f"  {cost.operations / 1e12:.3g} TFLOP, {stored}, {cost.seconds:.3g} s"
     if roles:
         yield "  twice the texts: twice the operations, the bytes and the time"
         yield "  twice the sites: twice the bytes; operations and time follow the highest block"
@@ -144,7 +145,8 @@ def outlook(
         seconds += took
         yield f"fit: {operations / 1e12:.3g} TFLOP in float64, {took:.3g} s"
         yield "  it grows with rows, sites and the square of the width; the grid of lambda shares its sums"
-    yield f"in all {seconds:.3g} s on {pair.base.device}, start-up and what is measured on the pair not reckoned"
+    rest = "start-up and what is measured on the pair not reckoned"
+    yield f"in all {seconds:.3g} s on {pair.base.device}, {rest}"
 
 
 def tell(

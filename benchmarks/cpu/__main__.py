@@ -31,7 +31,7 @@ from benchmarks.plot import draw_goals
 from benchmarks.shapes import ROOT
 from mechdiff.parser import quiet
 
-PAIR = ROOT / "configs" / "pairs" / "cultural_smol.yaml"
+PAIR = ROOT / "configs" / "pairs" / "cognitive_smol.yaml"
 PEERS = ROOT / ".venv-bench" / "bin" / "python"
 PARTS: dict[str, Callable[[Bench], None]] = {
     "ceilings": Bench.ceilings,

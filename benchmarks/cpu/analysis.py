@@ -15,6 +15,7 @@ from benchmarks.peer import Peer
 from benchmarks.turns import Turn, in_turn, median, ratio, turn
 from mechdiff.config import LAMBDA_GRID
 from mechdiff.data.join import join
+from mechdiff.data.manifest import MANIFEST
 from mechdiff.data.store import ActivationStore
 from mechdiff.functional.cka import cka_from_sums
 from mechdiff.functional.clt import RidgePath, ridge_path
@@ -32,7 +33,7 @@ WHAT = "CKA of all layer pairs and maps for 9 lambdas, from the store"
 
 def both_stores(bench: Bench) -> tuple[ActivationStore, ActivationStore]:
     """Open the stores of base and tuned."""
-    found = [ActivationStore.open(folder) for folder in sorted((bench.work / STORES).iterdir())]
+    found = [ActivationStore.open(path.parent) for path in (bench.work / STORES).glob(f"*/{MANIFEST}")]
     base = bench.base.fingerprint
     found.sort(key=lambda store: not store.identity.model.startswith(f"{base}/"))
     source, target = found

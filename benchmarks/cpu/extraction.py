@@ -21,7 +21,9 @@ from benchmarks.peer import NotMeasured, Peer
 from benchmarks.shapes import ROOT
 from benchmarks.turns import Turn, in_turn, median, ratio, turn
 from mechdiff import prepare
+from mechdiff.data.manifest import MANIFEST
 from mechdiff.data.store import ActivationStore
+from mechdiff.extraction import extractor
 from mechdiff.extraction.extractor import ensure_store
 from mechdiff.extraction.plan import Plan, encode_prompts
 from mechdiff.interventions.hooks import stop_after
@@ -50,6 +52,7 @@ def extraction(bench: Bench) -> None:
     stores: list[ActivationStore] = []
 
     def ours() -> Turn:
+        extractor._PLANS.clear()
         shutil.rmtree(root, ignore_errors=True)
         return turn(
             lambda: stores.append(
@@ -182,6 +185,7 @@ def pair(bench: Bench) -> None:
     stores: list[dict[str, ActivationStore]] = []
 
     def two() -> Turn:
+        extractor._PLANS.clear()
         shutil.rmtree(bench.work / STORES, ignore_errors=True)
         spec = bench.spec(STORES)
         return turn(
@@ -189,12 +193,14 @@ def pair(bench: Bench) -> None:
         )
 
     def one() -> Turn:
+        extractor._PLANS.clear()
         shutil.rmtree(bench.work / "one", ignore_errors=True)
         return turn(lambda: ensure_store(bench.base, texts, sites, bench.spec("one"), trainer_kwargs=QUIET))
 
     _ = bench.pair.tuned  # loading is not extraction
     found = in_turn({"both": two, "one": one}, bench.size.rounds)
-    single = ActivationStore.open(next((bench.work / "one").iterdir()))
+    (manifest,) = (bench.work / "one").glob(f"*/{MANIFEST}")
+    single = ActivationStore.open(manifest.parent)
     source = stores[-1]["source"]
     same = all(torch.equal(single.read(site), source.read(site)) for site in sites)
     assert same, "the store of a pair differs from that of one model"
