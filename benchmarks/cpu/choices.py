@@ -40,9 +40,7 @@ def _beside(bench: Bench, form: str, written: list[tuple[str, list[str]]]) -> No
     def ours() -> Turn:
         voice = speaker(bench.base)
         return turn(
-            lambda: kept.append(
-                [score for text, options in asked for score in voice.score(text, options).free]
-            )
+            lambda: kept.append([score for spoken in voice.score_all(asked) for score in spoken.free])
         )
 
     def use(peer: Peer) -> None:

@@ -61,7 +61,6 @@ class ActivationStore:
 
     def __init__(self, folder: Path, contents: Contents) -> None:
         self.folder, self.identity, self.examples = folder, contents.identity, contents.examples
-        self._offsets: dict[tuple[Path, str], int] = {}
         self.prefix, self.suffix = contents.prefix, contents.suffix
         found = passes(folder, self.identity.key)
         if not found:
@@ -145,46 +144,15 @@ class ActivationStore:
             local, places = wanted[first:stop] - start, order[first:stop]
             if not local.size:
                 continue
-            self._place(part.folder / shard.file, name, local, places, out)
+            with _opened(part.folder / shard.file) as file:
+                begin = file[f"sites/{name}"].id.get_offset()
+                _gather(part.folder / shard.file, begin, local, places, out, self.identity.dtype)
         return torch.from_numpy(out)
 
     def blocks(self, site: Site | str, size: int = 4096) -> Iterator[Tensor]:
         """Read a site in order, `size` rows at a time."""
         for rows in torch.arange(len(self)).split(size):
             yield self.read(site, rows)
-
-    def _place(self, path: Path, name: str, local: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
-        """Read ascending rows of a shard and put each in its place.
-
-        A few rows at a time: they are still in the processor's cache when they are put there. Neighbours are
-        one request.
-        """
-        kind = np.dtype(np.uint16 if self.identity.dtype == "bfloat16" else np.float32)
-        size, begin = out.shape[1] * kind.itemsize, self._offset(path, name)
-        some = np.empty((max(_AT_ONCE // size, 1), out.shape[1]), kind)
-        try:
-            with path.open("rb", buffering=0) as file:
-                for start in range(0, len(local), len(some)):
-                    wanted = local[start : start + len(some)]
-                    cuts = (np.flatnonzero(np.diff(wanted) != 1) + 1).tolist()
-                    for low, high in zip([0, *cuts], [*cuts, len(wanted)], strict=True):
-                        file.seek(begin + int(wanted[low]) * size)
-                        if file.readinto(some[low:high]) != (high - low) * size:
-                            raise StoreError(f"cannot read {path}: it is shorter than it was")
-                    found = decode(some[: len(wanted)], self.identity.dtype).numpy()
-                    out[places[start : start + len(some)]] = found
-        except OSError as error:
-            raise StoreError(f"cannot read {path}: {error}") from error
-
-    def _offset(self, path: Path, name: str) -> int:
-        """Return where the rows of a site begin in a shard; they lie there as they are in memory."""
-        if (path, name) not in self._offsets:
-            with _opened(path) as file:
-                found = file[f"sites/{name}"].id.get_offset()
-            if found is None:
-                raise StoreError(f"cannot read {path}: {name} does not lie in one piece")
-            self._offsets[path, name] = int(found)
-        return self._offsets[path, name]
 
     def _pass(self, site: Site | str) -> Pass:
         site = Site.parse(site)
@@ -205,6 +173,39 @@ def decode(values: np.ndarray, dtype: str) -> Tensor:
     if dtype == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).float()
     return torch.from_numpy(values)
+
+
+def _gather(
+    path: Path, begin: int, local: np.ndarray, places: np.ndarray, out: np.ndarray, dtype: str
+) -> None:
+    """Read ascending rows of an array and put each in its place.
+
+    An array lies in its file as it does in memory: HDF5 says where it begins, and neighbours are one request.
+    A few rows are read at a time: they are still in the processor's cache when they are put in their places.
+
+    Args:
+        path: The file.
+        begin: Byte at which the array begins.
+        local: Rows of the array, ascending, `(n,)`.
+        places: Row of `out` for each of them.
+        out: `(rows, width)`, float32.
+        dtype: Type on disk.
+
+    Raises:
+        OSError: If the file ends before the array does.
+    """
+    kind = np.dtype(np.uint16 if dtype == "bfloat16" else np.float32)
+    size = out.shape[1] * kind.itemsize
+    some = np.empty((max(_AT_ONCE // size, 1), out.shape[1]), kind)
+    with path.open("rb", buffering=0) as file:
+        for start in range(0, len(local), len(some)):
+            wanted = local[start : start + len(some)]
+            cuts = (np.flatnonzero(np.diff(wanted) != 1) + 1).tolist()
+            for low, high in zip([0, *cuts], [*cuts, len(wanted)], strict=True):
+                file.seek(begin + int(wanted[low]) * size)
+                if file.readinto(some[low:high]) != (high - low) * size:
+                    raise OSError(f"it ends before its row {wanted[high - 1]}")
+            out[places[start : start + len(some)]] = decode(some[: len(wanted)], dtype).numpy()
 
 
 @contextmanager
