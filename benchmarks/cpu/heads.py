@@ -18,7 +18,7 @@ from mechdiff.interventions.head_runs import ZERO, Baseline, Batch, clean_states
 from mechdiff.interventions.suffix import SuffixEngine
 
 TOKENS = 24
-MANY = 8
+MANY = 4
 """Prompts of the larger batch."""
 NODES = 5
 EVERY = 3
