@@ -149,9 +149,9 @@ def targets(lines: Sequence[Mapping[str, Any]]) -> str:
             answer = "met" if verdict else "**missed**"
             beside = name.replace("_", " ")
             rows.append(f"| {what} | {beside} | {sign} {goal} | {value} | {low}, {high} | {answer} |\n")
-            if not verdict and line["limit"]:
-                missed.append(f"* {what}, {beside}: {line['limit']}.\n")
-    missed = list(dict.fromkeys(missed))
+        short = [name.replace("_", " ") for name, ratio in line["ratios"].items() if met(ratio) is False]
+        if short and line["limit"]:
+            missed.append(f"* {what} ({', '.join(short)}): {line['limit']}.\n")
     why = "\nWhy a goal is missed:\n\n" + "".join(missed) if missed else ""
     return f"### Goals\n\n{head}{''.join(rows)}{why}\n"
 

@@ -50,7 +50,7 @@ def limit(theirs: float, ours: float, seconds: tuple[float, float], rate: float)
         rate: Operations a second of a matrix product on this machine.
     """
     a, b = (
-        f"{ops / 1e9:,.0f} GFLOP, {ops / rate:.2f} s at the rate of a matrix product"
+        f"{ops / 1e9:,.4g} GFLOP, {ops / rate:.2f} s at the rate of a matrix product"
         for ops in (theirs, ours)
     )
     took = f"measured {seconds[0]:.2f} s and {seconds[1]:.2f} s"

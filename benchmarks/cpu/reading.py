@@ -94,7 +94,7 @@ def reading(bench: Bench) -> None:
     figures |= {"ours_gb_per_s": EPOCHS * size / 1e9 / median(found["ours"]), "same_bits": same}
     moved = 2 * size / bench.rates.get("copy", float("inf"))
     why = (
-        f"a row is copied twice, from the file into the processor's cache and from there to its place; once, "
+        "a row is copied twice, from the file into the processor's cache and from there to its place; once, "
         f"read and written at the rate of a copy, the {size / 1e6:.0f} MB of an epoch take {moved:.4f} s; the "
         f"rest is sorting rows, opening files and a request for each run of {RUN} rows"
     )
