@@ -94,9 +94,9 @@ def reading(bench: Bench) -> None:
     figures |= {"ours_gb_per_s": EPOCHS * size / 1e9 / median(found["ours"]), "same_bits": same}
     moved = 2 * size / bench.rates.get("copy", float("inf"))
     why = (
-        "a row is copied twice, from the file into the processor's cache and from there to its place; once, read "
-        f"and written at the rate of a copy, the {size / 1e6:.0f} MB of an epoch take {moved:.4f} s; the rest "
-        f"is sorting rows, opening files and a request for each run of {RUN} rows"
+        "a row is copied twice, from the file into the processor's cache and from there to its place; "
+        f"once, at the rate of a copy, the {size / 1e6:.0f} MB of an epoch take {moved:.4f} s; the rest is "
+        f"sorting rows, opening files and a request for each run of {RUN} rows"
     )
     bench.keep(
         f"reading a store, shuffled batches of {bench.size.batch} rows",
