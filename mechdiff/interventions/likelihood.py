@@ -193,7 +193,8 @@ def many_logprobs(
         allowed_ids: Tokens to renormalise over beside all, `(size,)`.
         tokens_per_batch: Tokens run at once, padding included.
     """
-    contexts, found = [context for context, _ in asked], {}
+    contexts = [context for context, _ in asked]
+    found: dict[int, Likelihoods] = {}
     order = sorted(range(len(asked)), key=lambda i: (len(contexts[i]), tuple(contexts[i])))
     for batch in _batches(order, contexts, tokens_per_batch):
         scored = _together(reader, [asked[i] for i in batch], allowed_ids, tokens_per_batch)
