@@ -12,7 +12,8 @@ from benchmarks.cpu.arithmetic import limit
 from benchmarks.cpu.bench import Bench
 from benchmarks.sweep import Sweep, handles
 from benchmarks.turns import Turn, in_turn, median, ratio, turn
-from mechdiff.interventions.suffix import SuffixEngine
+from mechdiff.interventions.hooks import intervene
+from mechdiff.interventions.suffix import SuffixEngine, run_logits
 from mechdiff.pairs.alignment import encode
 
 GOALS = {"all": 4.5, "last": 35.0}
@@ -51,9 +52,12 @@ def sweeps(bench: Bench) -> None:
         found = in_turn({"clean": clean, "resumed": resumed, "hooks": hooks}, size.slow + 1)
         difference = (kept["resumed"] - kept["hooks"]).abs().max()
         largest = kept["hooks"].abs().max()
+        with torch.no_grad(), intervene(bench.base.model, both.edit(*both.cells[0])):
+            same_head = run_logits(bench.base.model, ids)  # a product of other shapes rounds otherwise
         agree = {
             "largest_logit_difference": float(difference),
             "bitwise_equal": torch.equal(kept["resumed"], kept["hooks"]),
+            "bitwise_equal_with_the_head_at_the_same_tokens": torch.equal(kept["resumed"][0], same_head),
         }
         assert difference < 1e-3 * largest, agree
         cells, above = len(both.cells), depth - layer - 1
