@@ -29,6 +29,7 @@ from mechdiff.extraction.plan import Plan, encode_prompts
 from mechdiff.interventions.hooks import stop_after
 from mechdiff.interventions.suffix import prefill, run
 from mechdiff.pairs.alignment import encode
+from mechdiff.pairs.loading import LoadedModel
 
 QUIET = {"enable_progress_bar": False}
 GOALS = {"hidden_states": 3.5, "nnsight": 3.5, "transformer_lens": 4.0, "seed_loop": 25.0}
@@ -60,6 +61,7 @@ def extraction(bench: Bench) -> None:
             )
         )
 
+    _warm(bench, bench.base)
     few = corpus(bench.size.few)
     share = sum(map(len, job["ids"])) / sum(map(len, job["ids"][: len(few)]))
     ways: dict[str, Callable[[], Turn]] = {
@@ -114,6 +116,13 @@ def extraction(bench: Bench) -> None:
     for name in ("nnsight", "transformer_lens"):
         if name not in workers:
             bench.missing(f"{WHAT}: {name}", (bench.work / f"{name}.missing").read_text())
+
+
+def _warm(bench: Bench, model: LoadedModel) -> None:
+    """Extract a little: what a process does once, such as reading the vocabulary, is not counted."""
+    ensure_store(
+        model, corpus(bench.size.few), bench.sites, bench.spec(f"warm-{model.role}"), trainer_kwargs=QUIET
+    )
 
 
 def _workers(bench: Bench, job: dict[str, Any]) -> dict[str, Peer]:
@@ -198,7 +207,8 @@ def pair(bench: Bench) -> None:
         shutil.rmtree(bench.work / "one", ignore_errors=True)
         return turn(lambda: ensure_store(bench.base, texts, sites, bench.spec("one"), trainer_kwargs=QUIET))
 
-    _ = bench.pair.tuned  # loading is not extraction
+    for model in (bench.base, bench.pair.tuned):
+        _warm(bench, model)
     found = in_turn({"both": two, "one": one}, bench.size.rounds)
     (manifest,) = (bench.work / "one").glob(f"*/{MANIFEST}")
     single = ActivationStore.open(manifest.parent)
