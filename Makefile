@@ -1,15 +1,17 @@
-# make env · make demo · make study · make test · make lint · make docs
+# make env · make demo · make study · make test · make bench · make lint · make docs
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.docs
+PEERS  := .venv-bench
+PINNED := --constraint constraints.txt --constraint benchmarks/peers.txt
 CONFIG ?= configs/clt_cultural.yaml
 PAIRS  ?= configs/pairs/cultural_smol.yaml configs/pairs/cognitive_smol.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo study notebooks test lint docs format clean
+.PHONY: help env demo study notebooks test bench lint docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +38,19 @@ notebooks: env ## run the notebooks on the embedded pair and keep what they show
 test: env ## run the test suite (ARGS="-k hooks" selects)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
+bench: env $(PEERS)/.installed ## measure speed beside other tools on this CPU (ARGS="--parts sweeps" is shorter)
+	HF_HUB_OFFLINE=1 $(PY) -m benchmarks.cpu $(ARGS)
+
+$(PEERS)/.installed: constraints.txt benchmarks/peers.txt $(STAMP)
+	@# The other tools see the packages of $(VENV), torch among them, and bring what is theirs alone.
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PY) -c 'import site; print("import site; site.addsitedir(" + repr(site.getsitepackages()[0]) + ")")' > $$(ls -d $(PEERS)/lib/python3*/site-packages)/shared.pth
+	@# What cannot be installed is listed as not measured.
+	for tool in nnsight transformer-lens; do \
+	  $(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet $(PINNED) $$tool || echo "$$tool cannot be installed"; \
+	done
+	@touch $@
+
 lint: env ## check style and types
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
@@ -53,5 +68,5 @@ format: env ## rewrite files in the project's style
 	$(PY) -m ruff format
 
 clean: ## remove the environment and caches; keeps runs/ and stores/
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

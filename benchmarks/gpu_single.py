@@ -38,9 +38,9 @@ from mechdiff.data.prompts import Prompt, load_prompts
 from mechdiff.data.store import ActivationStore
 from mechdiff.extraction import extractor
 from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
-from mechdiff.extraction.plan import PlannedShard
+from mechdiff.extraction.plan import Plan, PlannedShard, encode_prompts
 from mechdiff.extraction.writer import ActivationWriter
-from mechdiff.functional.cka import linear_cka
+from mechdiff.functional.cka import cka_from_sums, linear_cka
 from mechdiff.functional.clt import ridge_path
 from mechdiff.functional.moments import Moments
 from mechdiff.functional.steering import orthonormal
@@ -242,8 +242,10 @@ class Bench:
         options = {"callbacks": [watch], "enable_progress_bar": False}
         if null:
             folder.mkdir(parents=True)
+            encoded = encode_prompts(model.tokenizer, prompts, model.context_length)
+            plan = Plan(encoded, spec.positions, spec.tokens_per_batch, spec.batches_per_shard)
             with mock.patch.object(extractor, "ActivationWriter", NullWriter):
-                extractor._extract(model, prompts, sites, spec, folder, "null", options, L.Trainer)
+                extractor._extract(model, prompts, sites, plan, spec, folder, "null", options, L.Trainer)
         else:
             ensure_store(model, prompts, sites, spec, trainer_kwargs=options)
         return watch
@@ -314,7 +316,7 @@ class Bench:
             }
             self.keep(f"moments of {name}, d = {width}", figures)
         pair, own = sums["map"], sums["target"]
-        streamed = float(pair.xy.square().sum() / (pair.xx.norm() * own.xx.norm()))
+        streamed = float(cka_from_sums(pair.xy, pair.xx, own.xx))
         took = timed(lambda: linear_cka(x, y), device, 3)
         direct = float(linear_cka(x, y))
         solve = timed(lambda: ridge_path(pair, LAMBDA_GRID, shrink="identity"), device, 1)

@@ -83,8 +83,8 @@ def read(path: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def tables(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return Markdown: for each script one table of its measurements, the newest first."""
-    parts = []
+    """Return Markdown: the goals, then for each script one table of its measurements, the newest first."""
+    parts = [targets(lines)]
     for who in sorted({line["who"] for line in lines}):
         parts.append(
             f"### {who}\n\n| date | hardware | what | figures | against the goal |\n|---|---|---|---|---|\n"
@@ -92,9 +92,9 @@ def tables(lines: Sequence[Mapping[str, Any]]) -> str:
         own = [line for line in lines if line["who"] == who]
         for line in sorted(own, key=lambda line: line["date"], reverse=True):
             versions = ", ".join(f"{k} {line['versions'][k]}" for k in ("mechdiff", "torch", "transformers"))
-            figures = "; ".join(f"{name} {_number(value)}" for name, value in line["figures"].items())
-            ratios = "; ".join(_ratio(name, ratio) for name, ratio in line["ratios"].items())
-            cells = (line["date"], f"{line['hardware']} ({versions})", line["what"], figures, ratios)
+            ratios = "; ".join(f"{name} {said(ratio)}" for name, ratio in line["ratios"].items())
+            where = f"{line['hardware']} ({versions})"
+            cells = (line["date"], where, line["what"], "; ".join(figures(line)), ratios)
             parts.append("| " + " | ".join(cells) + " |\n")
         parts.append("\n")
     return "".join(parts)
@@ -107,9 +107,53 @@ def draw(path: Path = README, results: Path = RESULTS) -> None:
     path.write_text(f"{before}{BEGIN}\n{tables(read(results))}{END}{after}", encoding="utf-8")
 
 
-def _ratio(name: str, ratio: Mapping[str, Any]) -> str:
-    goal = "" if ratio.get("goal") is None else f" (goal {_number(ratio['goal'])})"
-    return f"{name} {_number(ratio['value'])}{goal}"
+def figures(line: Mapping[str, Any]) -> list[str]:
+    """Write the figures of a line, each with its name."""
+    return [f"{name} {_number(value)}" for name, value in line["figures"].items()]
+
+
+def said(ratio: Mapping[str, Any]) -> str:
+    """Write a ratio, the range of its rounds, its goal, and whether that is met, as far as they are known."""
+    spread = f" [{_number(ratio['low'])}, {_number(ratio['high'])}]" if "low" in ratio else ""
+    verdict = {None: "", True: ", met", False: ", missed"}[met(ratio)]
+    goal = "" if ratio.get("goal") is None else f" (goal {_number(ratio['goal'])}{verdict})"
+    return f"{_number(ratio['value'])}{spread}{goal}"
+
+
+def met(ratio: Mapping[str, Any]) -> bool | None:
+    """Tell whether a ratio of rounds meets its goal; None where there is no goal."""
+    if ratio.get("goal") is None or "low" not in ratio:
+        return None
+    within: bool = (
+        ratio["value"] <= ratio["goal"] if ratio.get("at_most") else ratio["value"] >= ratio["goal"]
+    )
+    return within
+
+
+def targets(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return Markdown: the newest ratio for every goal of `benchmarks.cpu`, then why any is missed."""
+    newest = {line["what"]: line for line in lines if line.get("limit") is not None}
+    if not newest:
+        return ""
+    head = "| what | beside | goal | measured | rounds from, to | |\n|---|---|---|---|---|---|\n"
+    rows, missed = [], []
+    for what, line in newest.items():
+        if "not_measured" in line["figures"]:
+            rows.append(f"| {what} | | | not measured | | {line['figures']['not_measured']} |\n")
+        for name, ratio in line["ratios"].items():
+            verdict = met(ratio)
+            if verdict is None:
+                continue
+            sign = "≤" if ratio.get("at_most") else "≥"
+            value, low, high, goal = (_number(ratio[key]) for key in ("value", "low", "high", "goal"))
+            answer = "met" if verdict else "**missed**"
+            beside = name.replace("_", " ")
+            rows.append(f"| {what} | {beside} | {sign} {goal} | {value} | {low}, {high} | {answer} |\n")
+        short = [name.replace("_", " ") for name, ratio in line["ratios"].items() if met(ratio) is False]
+        if short and line["limit"]:
+            missed.append(f"* {what} ({', '.join(short)}): {line['limit']}.\n")
+    why = "\nWhy a goal is missed:\n\n" + "".join(missed) if missed else ""
+    return f"### Goals\n\n{head}{''.join(rows)}{why}\n"
 
 
 def _number(value: Any) -> str:

@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from mechdiff import checkpoints, prepare
+from mechdiff import checkpoints, costs, prepare
 from mechdiff.callbacks import CausalEvaluation, CausalLoss
 from mechdiff.callbacks.graded import read_openings
 from mechdiff.config import SEED
@@ -106,6 +106,7 @@ class MechdiffCLI(LightningCLI):
         replace_whole_pairs(parser)
         layers_help = "Layers or sites; fallback, stride, from_rq1; or the results.json of an rq1 run."
         parser.add_argument("--layers", type=list[int | str] | str, default="fallback", help=layers_help)
+        parser.add_argument("--dry-run", action="store_true", help=costs.ABOUT)
         parser.add_class_arguments(ExtractionSpec, "extraction")
         for name in ("d_source", "d_target", "noise"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
@@ -188,6 +189,8 @@ class MechdiffCLI(LightningCLI):
         given = {role: data.get(role) or "" for role in ("source", "target")}
         roles = {"source": sources, "target": sites}
         options = self.extraction_trainer()
+        if cfg.dry_run:
+            costs.tell(self.pair, self.prompts, roles, extraction, cfg)
         self.stores = (
             prepare.fill_stores(self.pair, self.prompts, roles, extraction, given, options)
             if prepare.needs_states(cfg.data)

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "parser": {"pairs.spec"},  # how a command line is read
     "checkpoints": {"data.store", "interventions.sites"},  # what a checkpoint says of itself
     "prepare": {"pairs", "data", "extraction", "interventions.sites"},  # what a run needs before it is built
+    "costs": {"prepare", "pairs", "data", "extraction", "interventions"},  # what a run would cost
     "study": {"prepare", "parser", "pairs.spec", "reporting.report"},  # what a study consists of
     "contrasts": {"functional", "reporting.report"},  # numbers that compare its pairs
     "calibration": ALL - {"cli", "__main__"},  # tries everything out

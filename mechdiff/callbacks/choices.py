@@ -51,12 +51,19 @@ def chosen(voice: Voice, items: Sequence[Item], name: str) -> Iterator[Observati
         name: Name of the benchmark.
     """
     letter = LETTERS.index(majority_letter(items).letter)
-    for item in items:
+    written = {
+        form: [question_prompt(i.question, i.options, form, i.lang, i.context) for i in items]
+        for form in FORMATS
+    }
+    spoken = {
+        form: voice.score_all([(text, [DELIMITER + option for option in scored]) for text, scored in asked])
+        for form, asked in written.items()
+    }
+    for number, item in enumerate(items):
         assert isinstance(item.gold, int)
         for form in FORMATS:
-            prompt, scored = question_prompt(item.question, item.options, form, item.lang, item.context)
-            spoken = voice.score(prompt, [DELIMITER + option for option in scored])
-            for params, choice, reason in _choices(spoken, scored, item.gold, name, form):
+            scored = written[form][number][1]
+            for params, choice, reason in _choices(spoken[form][number], scored, item.gold, name, form):
                 yield from _multiple_choice(item.id, choice, reason, params)
                 if item.kind == "bias":
                     yield from _bias(item, choice, reason, params)

@@ -25,7 +25,6 @@ ABOUT = "Say what is installed, which models and stores are in reach, and what i
 SHOWN = ("torch", "lightning", "transformers", "peft", "h5py", "jsonargparse", "tensorboard", "matplotlib")
 TEMPLATE_ROWS = 40
 """Rows of a chat template, at most, where they are kept too."""
-BYTES = {"float32": 4, "bfloat16": 2}
 GIB = 2**30
 
 
@@ -101,6 +100,7 @@ def _kept(config: Path | None) -> Kept:
     from jsonargparse import Namespace
 
     from mechdiff import prepare
+    from mechdiff.costs import BYTES
 
     try:
         body = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -203,6 +203,7 @@ def _needed(spec: PairSpec, kept: Kept) -> tuple[int, str] | None:
         UsageError: If the model has no such sites.
     """
     from mechdiff import prepare
+    from mechdiff.costs import stored_bytes
     from mechdiff.data.prompts import load_prompts, select
 
     whose = kept.name or "a run without a configuration"
@@ -224,10 +225,11 @@ def _needed(spec: PairSpec, kept: Kept) -> tuple[int, str] | None:
     )
     longest = [len(text.encode()) + (TEMPLATE_ROWS if kept.positions == "all" else 0) for text in texts]
     rows = len(texts) if kept.positions == "last" else sum(longest)
+    need = stored_bytes(rows, columns, kept.dtype)
     which = {"all": "all positions", "user": "positions of the message", "last": "the last position"}
     at = f"{len(sites)} site{'s' * (len(sites) != 1)}"
     what = f"{len(texts)} fit prompts at {at}, {which[kept.positions]}, {kept.dtype}"
-    return rows * columns * BYTES[kept.dtype], f"{whose}: {what}"
+    return need, f"{whose}: {what}"
 
 
 def _shape(spec: PairSpec) -> tuple[int, int, int] | None:

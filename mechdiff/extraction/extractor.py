@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from mechdiff.pairs.loading import LoadedModel
 
 log = logging.getLogger(__name__)
+_PLANS: dict[tuple[Any, ...], Plan] = {}  # the last one
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,8 @@ def ensure_store(
             if first():  # a new topic or label of an old text is no reason to extract again
                 contents.write(folder)
             for part in _todo(folder, identity.key, wanted):
-                run = trainer_kwargs or {}
-                _extract(model, prompts, part, spec, folder, identity.key, run, trainer_factory)
+                run, plan = trainer_kwargs or {}, _plan(model, prompts, spec, identity)
+                _extract(model, prompts, part, plan, spec, folder, identity.key, run, trainer_factory)
     return ActivationStore.open(folder, identity)
 
 
@@ -284,10 +285,24 @@ def _todo(folder: Path, key: str, wanted: list[Site]) -> list[list[Site]]:
     return [*todo, missing] if missing else todo
 
 
+def _plan(
+    model: LoadedModel, prompts: Sequence[Prompt], spec: ExtractionSpec, identity: StoreIdentity
+) -> Plan:
+    """Return the batches; models of a pair that read the same tokens share them."""
+    texts = (identity.prompts, identity.tokenizer, identity.template, model.context_length)
+    key = (*texts, spec.positions, spec.tokens_per_batch, spec.batches_per_shard)
+    if key not in _PLANS:
+        _PLANS.clear()
+        encoded = encode_prompts(model.tokenizer, prompts, model.context_length)
+        _PLANS[key] = Plan(encoded, spec.positions, spec.tokens_per_batch, spec.batches_per_shard)
+    return _PLANS[key]
+
+
 def _extract(
     model: LoadedModel,
     prompts: Sequence[Prompt],
     sites: list[Site],
+    plan: Plan,
     spec: ExtractionSpec,
     folder: Path,
     key: str,
@@ -295,8 +310,6 @@ def _extract(
     trainer_factory: Callable[..., L.Trainer],
 ) -> None:
     """Run one pass."""
-    encoded = encode_prompts(model.tokenizer, prompts, model.context_length)
-    plan = Plan(encoded, spec.positions, spec.tokens_per_batch, spec.batches_per_shard)
     into = folder / f"pass-{digest([str(site) for site in sites])}"
     into.mkdir(parents=True, exist_ok=True)  # whichever process comes first
     writer = ActivationWriter(into, plan.shards, key, spec.dtype)

@@ -99,6 +99,27 @@ def linear_cka(
     return _ratio(xy, xx, yy)
 
 
+def cka_from_sums(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
+    """Measure the biased linear CKA from centred sums of products, whatever the number of rows behind them.
+
+    Args:
+        xy: XᵀY of centred states, `(d_x, d_y)`.
+        xx: XᵀX, `(d_x, d_x)`.
+        yy: YᵀY, `(d_y, d_y)`.
+
+    Raises:
+        FitError: If one side does not vary.
+
+    >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    >>> cka_from_sums(x.T @ (3 * x), x.T @ x, 9 * x.T @ x).item()
+    1.0
+    """
+    sizes = xx.norm() * yy.norm()
+    if not sizes > 0:
+        raise FitError("CKA is undefined: one side does not vary")
+    return xy.square().sum() / sizes
+
+
 def cka_jackknife(
     x: Tensor,
     y: Tensor,

@@ -134,7 +134,8 @@ def integrated_gradients(
 ) -> Integrated:
     """Attribute numbers to the heads of one layer along the straight line from a baseline.
 
-    The nodes are rows of one batch that starts after the layer's attention.
+    The nodes are rows of one batch that starts after the layer's attention. The two ends need no gradient:
+    one is the clean run, the other is run by itself.
 
     Args:
         engine: Of the model.
@@ -151,22 +152,23 @@ def integrated_gradients(
     _check({"baseline": baseline}, num_heads(engine.model))
     states = clean_states(engine.model, batch, [layer]) if states is None else states
     nodes, shares = (part.to(batch.tokens.device) for part in gauss_legendre(steps))
-    points = torch.cat([nodes, nodes.new_tensor([1.0, 0.0])])
     rows, weight = len(batch.tokens), head_weights(engine.model, layer)
     with torch.inference_mode(False), torch.enable_grad():
         z, attention = states.z[layer].clone(), states.attention[layer].clone()
         move = difference(z, weight, baseline, layer) * baseline.counted(batch)[..., None]
-        back = (1 - points).to(move)[:, None, None, None] * move
+        back = (1 - nodes).to(move)[:, None, None, None] * move
         given = (attention - back).to(attention).flatten(0, 1).requires_grad_()
-        logits = run_attended(engine, _normal(batch), states, layer, given, len(points))
+        logits = run_attended(engine, _normal(batch), states, layer, given, steps)
         scores = torch.stack([score(part) for part in logits.split(rows)]).double()
-        (gradient,) = torch.autograd.grad(scores[:steps].sum(), given)
-    mean = gradient.unflatten(0, (-1, rows))[:steps].to(torch.promote_types(gradient.dtype, torch.float32))
+        (gradient,) = torch.autograd.grad(scores.sum(), given)
+    with torch.no_grad():
+        bare = run_attended(engine, batch, states, layer, (attention - move).to(attention), 1)
+        end, start = (score(logits).double().cpu() for logits in (states.logits, bare))
+    mean = gradient.unflatten(0, (-1, rows)).to(torch.promote_types(gradient.dtype, torch.float32))
     mean = torch.einsum("k,krtd->rtd", shares.to(mean), mean)
     own = head_products(mean, z, weight)
     other = baseline_products(mean, baseline, layer, weight, own)
     values = ((own - other) * baseline.counted(batch)[..., None]).sum(1).double().cpu()
-    end, start = scores.detach()[steps:].cpu()
     return Integrated(values, end, start, completeness_error(values.sum(), end.sum(), start.sum()).item())
 
 

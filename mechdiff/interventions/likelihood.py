@@ -3,7 +3,10 @@
 1. The context is run once; its keys and values serve every continuation, and what the next context begins
    with in common (a template, a question) is not run again.
 2. Continuations that differ in the last token alone share a row, since the last token is never read.
-3. A continuation's log-probability is the sum over its tokens; within a set of tokens, each step is
+3. Many contexts are run together, padded on the right. A continuation is masked from the padding of its
+   context, and its positions count on from its context's last token. Layers that keep a window alone cannot
+   be padded: there contexts are run one after the other.
+4. A continuation's log-probability is the sum over its tokens; within a set of tokens, each step is
    renormalised over the set.
 """
 
@@ -18,7 +21,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from mechdiff.interventions.suffix import SuffixEngine, run_logits
+from mechdiff.interventions.suffix import SuffixEngine, run, run_logits
+
+Asked = tuple[Sequence[int], Sequence[Sequence[int]]]
+"""A context and its continuations, in token ids."""
 
 
 class Layout(NamedTuple):
@@ -172,6 +178,89 @@ def continuation_logprobs(
     return Likelihoods(free, within, following)
 
 
+@torch.no_grad()
+def many_logprobs(
+    reader: Reader,
+    asked: Sequence[Asked],
+    allowed_ids: Tensor | None = None,
+    tokens_per_batch: int = 512,
+) -> list[Likelihoods]:
+    """Score continuations of several contexts; contexts of about one length are run together.
+
+    Args:
+        reader: Of the model.
+        asked: Token ids of each context, at least one, and of its continuations, at least one.
+        allowed_ids: Tokens to renormalise over beside all, `(size,)`.
+        tokens_per_batch: Tokens run at once, padding included.
+    """
+    contexts = [context for context, _ in asked]
+    found: dict[int, Likelihoods] = {}
+    order = sorted(range(len(asked)), key=lambda i: (len(contexts[i]), tuple(contexts[i])))
+    for batch in _batches(order, contexts, tokens_per_batch):
+        scored = _together(reader, [asked[i] for i in batch], allowed_ids, tokens_per_batch)
+        found.update(zip(batch, scored, strict=True))
+    return [found[i] for i in range(len(asked))]
+
+
+def _together(
+    reader: Reader, asked: Sequence[Asked], allowed_ids: Tensor | None, most: int
+) -> list[Likelihoods]:
+    """Score continuations of contexts that share a batch."""
+    model, device = reader.engine.model, reader.device
+    tokens, mask = _padded([context for context, _ in asked], device)
+    ends = mask.sum(1)
+    out = run(model, tokens, logits_at=ends - 1, keep=True)
+    cache, logits = out.past_key_values, out.logits
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return [continuation_logprobs(reader, *one, allowed_ids, most) for one in asked]
+    allowed = None
+    if allowed_ids is not None:
+        allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
+        allowed[allowed_ids.to(device)] = True
+    texts = [(row, tuple(text)) for row, (_, own) in enumerate(asked) for text in own]
+    first = _follow([text[:1] for _, text in texts], [row for row, _ in texts], tokens, mask)
+    free, within = (total_logprobs(logits, first, which).cpu() for which in (None, allowed))
+    longer = sorted((n for n, (_, text) in enumerate(texts) if len(text) > 1), key=lambda n: len(texts[n][1]))
+    for part in _batches(longer, [text for _, text in texts], most):
+        read = list(dict.fromkeys((texts[n][0], texts[n][1][:-1]) for n in part))
+        number = {one: place for place, one in enumerate(read)}
+        rows = torch.tensor([row for row, _ in read], device=device)
+        ids, real = _padded([text for _, text in read], device)
+        after = model(
+            input_ids=ids,
+            attention_mask=torch.cat([mask[rows], real], 1),
+            position_ids=ends[rows][:, None] + torch.arange(ids.shape[1], device=device),
+            past_key_values=_picked(cache, rows),
+            use_cache=True,
+        ).logits
+        which_row = [number[texts[n][0], texts[n][1][:-1]] for n in part]
+        rest = _follow([texts[n][1][1:] for n in part], which_row, ids, real)
+        free[part] += total_logprobs(after, rest).cpu()
+        within[part] += total_logprobs(after, rest, allowed).cpu()
+    counts = [len(own) for _, own in asked]
+    parts = zip(free.split(counts), within.split(counts), logits[:, 0], strict=True)
+    return [Likelihoods(a, None if allowed is None else b, c) for a, b, c in parts]
+
+
+def _follow(texts: Sequence[Sequence[int]], rows: list[int], tokens: Tensor, mask: Tensor) -> Layout:
+    """Say which tokens follow in which row of what is read."""
+    follow, counts = _padded(texts, tokens.device)
+    columns = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+    return Layout(tokens, mask, columns, torch.tensor(rows, device=tokens.device), follow, counts)
+
+
+def _picked(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """Return some rows of a cache, which stays as it is."""
+    picked = copy.copy(cache)
+    picked.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in picked.layers:
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    return picked
+
+
 def _beginning(cache: DynamicCache, length: int) -> DynamicCache:
     """Return the first keys and values of a cache, which stays as it is."""
     cut = copy.copy(cache)
@@ -191,7 +280,7 @@ def _batches(order: list[int], texts: Sequence[Sequence[int]], most: int) -> lis
         if batches[-1] and (len(batches[-1]) + 1) * len(texts[i]) > most:
             batches.append([])
         batches[-1].append(i)
-    return batches
+    return batches if order else []
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,21 @@ class DiffModule(LightningModule):
     def fitted(self) -> bool:
         """Whether there is anything to test."""
 
+    @classmethod
+    def operations(
+        cls, rows: int, sites: int, d_source: int, d_target: int, matrix: bool = False
+    ) -> float | None:
+        """Return the floating-point operations of a fit, None where they are not known beforehand.
+
+        Args:
+            rows: Rows of the stores.
+            sites: Number of sites.
+            d_source: Width of the source.
+            d_target: Width of the target.
+            matrix: Whether every source site meets every target site.
+        """
+        return None
+
     def ranking(self) -> dict[str, float]:
         """Return how much the models differ at each site, where a test has said so."""
         return {}

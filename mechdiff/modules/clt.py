@@ -82,6 +82,15 @@ class CLTMap(AffineMaps):
         self._fits: dict[Cell, CellFit] = {}
         self._crossed: dict[Cell, Moments] = {}
 
+    @classmethod
+    def operations(
+        cls, rows: int, sites: int, d_source: int, d_target: int, matrix: bool = False
+    ) -> float | None:
+        """Return the operations of the sums over rows, and of a decomposition for each group of positions."""
+        sums = 2.0 * rows * d_source * (d_source + d_target)
+        pairs = sites * (2 + (sites - 1) * matrix)  # a map and its control, and the pairs of other sites
+        return pairs * sums + 10.0 * sites * len(POSITIONS) * d_source**3
+
     def setup(self, stage: str) -> None:
         """Refuse several processes, each of which would see a part of the rows.
 

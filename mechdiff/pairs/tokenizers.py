@@ -194,16 +194,22 @@ def tokenizer_hashes(
         prefix: Bytes of each template token before the user's text.
         suffix: Bytes of each template token after it.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    for name in ("padding", "truncation"):  # every call of the tokenizer changes them
-        backend.pop(name, None)
     tokens = [[token.hex() for token in side] for side in (prefix, suffix)]
-    return digest(backend), digest([tokenizer.chat_template, *tokens])
+    return _backend_digest(tokenizer, len(tokenizer)), digest([tokenizer.chat_template, *tokens])
 
 
 def digest(value: object) -> str:
     """Hash what JSON can hold: 16 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _backend_digest(tokenizer: PreTrainedTokenizerBase, size: int) -> str:
+    """Hash all that decides about tokens; `size` is part of the key because tokens can be added."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for name in ("padding", "truncation"):  # every call of the tokenizer changes them
+        backend.pop(name, None)
+    return digest(backend)
 
 
 @lru_cache(maxsize=8)

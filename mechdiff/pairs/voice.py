@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from mechdiff.errors import PairError
 from mechdiff.functional.scoring import DELIMITER
 from mechdiff.interventions.generation import generate, stop_tokens
-from mechdiff.interventions.likelihood import Reader, continuation_logprobs
+from mechdiff.interventions.likelihood import Likelihoods, Reader, continuation_logprobs, many_logprobs
 from mechdiff.interventions.suffix import SuffixEngine
 from mechdiff.pairs.alignment import PREFIX, SUFFIX, encode
 from mechdiff.pairs.fairness import lost_mass
@@ -109,13 +109,24 @@ class Voice:
             context: Text before; empty for the start of a text.
             continuations: What may follow.
         """
-        pairs = [encode_pair(self.tokenizer, context, text) for text in continuations]
-        partners = [encode_pair(self.partner, context, text)[1] for text in continuations]
-        return self.score_ids(
-            pairs[0][0],
-            [own for _, own in pairs],
-            [self.masked(own, theirs) for (_, own), theirs in zip(pairs, partners, strict=True)],
-        )
+        return self.score_ids(*self._spelled(context, continuations))
+
+    def score_all(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[Spoken]:
+        """Score continuations of several plain texts, which are run together; see `score`.
+
+        Args:
+            asked: Texts before, each with what may follow.
+        """
+        spelled = [self._spelled(context, texts) for context, texts in asked]
+        wanted = [list(dict.fromkeys(tuple(i) for i in (*own, *masked) if i)) for _, own, masked in spelled]
+        fit = [
+            n
+            for n, texts in enumerate(wanted)
+            if texts and len(spelled[n][0]) + max(map(len, texts)) - 1 <= self.context_length
+        ]
+        scored = many_logprobs(self.reader, [(spelled[n][0], wanted[n]) for n in fit], self.shared_ids)
+        found = dict(zip(fit, scored, strict=True))
+        return [self._spoken(*spelled[n][1:], wanted[n], found.get(n)) for n in range(len(asked))]
 
     def score_answers(self, message: str, answers: Sequence[str]) -> Spoken:
         """Score how an answer to a user's message may begin, after the chat template if there is one."""
@@ -135,13 +146,32 @@ class Voice:
 
     def score_ids(self, context: Ids, own: Sequence[Ids], masked: Sequence[Ids | None]) -> Spoken:
         """Score continuations in ids; `masked` holds the same texts in shared tokens."""
-        texts = dict.fromkeys(tuple(ids) for ids in (*own, *masked) if ids)
+        texts = list(dict.fromkeys(tuple(ids) for ids in (*own, *masked) if ids))
         longest = max((len(text) for text in texts), default=0)
         if not texts or len(context) + longest - 1 > self.context_length:
+            return self._spoken(own, masked, texts, None)
+        found = continuation_logprobs(self.reader, context, texts, self.shared_ids)
+        return self._spoken(own, masked, texts, found)
+
+    def _spelled(self, context: str, continuations: Sequence[str]) -> tuple[Ids, list[Ids], list[Ids | None]]:
+        """Return the ids of a context and of what may follow, as it is and in shared tokens."""
+        pairs = [encode_pair(self.tokenizer, context, text) for text in continuations]
+        partners = [encode_pair(self.partner, context, text)[1] for text in continuations]
+        masked = [self.masked(own, theirs) for (_, own), theirs in zip(pairs, partners, strict=True)]
+        return pairs[0][0], [own for _, own in pairs], masked
+
+    def _spoken(
+        self,
+        own: Sequence[Ids],
+        masked: Sequence[Ids | None],
+        texts: Sequence[Sequence[int]],
+        found: Likelihoods | None,
+    ) -> Spoken:
+        """Say how probable each continuation is, from the scores of all different ones."""
+        if found is None:
             return Spoken([None] * len(own), [None] * len(own), None)
-        found = continuation_logprobs(self.reader, context, [list(t) for t in texts], self.shared_ids)
         assert found.within is not None
-        row = {text: number for number, text in enumerate(texts)}
+        row = {tuple(text): number for number, text in enumerate(texts)}
         free, within = found.free.tolist(), found.within.tolist()
         return Spoken(
             [free[row[tuple(ids)]] if ids else None for ids in own],

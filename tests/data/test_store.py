@@ -2,6 +2,7 @@ import json
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -52,6 +53,30 @@ def test_rows_in_any_order(store):
     assert store.read(Site(2), torch.tensor([], dtype=torch.long)).shape == (0, 32)
     with pytest.raises(AssertionError):
         store.read(Site(2), torch.tensor([len(store)]))
+
+
+def test_rows_are_those_that_h5py_reads(store):
+    part = store._pass("mlp_out.0")
+    shards = []
+    for shard in part.shards:
+        with h5py.File(part.folder / shard.file) as file:
+            shards.append(torch.from_numpy(file["sites/mlp_out.0"][:]))
+    assert len(shards) > 1
+    whole = torch.cat(shards)
+    runs = torch.cat([torch.arange(start, start + 7) for start in range(0, len(store) - 7, 11)])
+    for rows in (None, runs, runs.flip(0), runs[::3], runs.repeat(2)):
+        assert torch.equal(store.read("mlp_out.0", rows), whole if rows is None else whole[rows])
+
+
+def test_a_shard_that_was_cut_after_it_was_opened(copy):
+    store, path = ActivationStore.open(copy), shard(copy)
+    with h5py.File(path) as file:  # the site whose rows are the last bytes of the file
+        last = max(file["sites"], key=lambda name: file[f"sites/{name}"].id.get_offset())
+    for site in store.sites:
+        store.read(site)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(StoreError, match=f"cannot read .*{path.name}"):
+        store.read(last)
 
 
 def test_blocks_are_the_whole(store):

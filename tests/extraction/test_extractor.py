@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from mechdiff.data.store import ActivationStore
 from mechdiff.errors import ActivationError, ConfigError, SiteError, StoreError
+from mechdiff.extraction import extractor
 from mechdiff.extraction.extractor import ExtractionSpec, Extractor, ensure_store
 from mechdiff.extraction.plan import Plan, encode_prompts
 from mechdiff.extraction.writer import AHEAD, ActivationWriter
@@ -203,6 +204,22 @@ def test_another_identity_is_another_store(whole, tmp_path, change, field):
     assert other.folder.name != folder.name
     with pytest.raises(StoreError, match=rf"was made from another {field}: .* wanted "):
         ActivationStore.open(folder, other.identity)
+
+
+def test_models_that_read_the_same_tokens_share_a_plan(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(extractor, "_PLANS", {})
+    monkeypatch.setattr(
+        extractor, "encode_prompts", lambda *args: read.append(args[0]) or encode_prompts(*args)
+    )
+    spec = ExtractionSpec(str(tmp_path), tokens_per_batch=256)
+    models = [loaded(), loaded(seed=1), loaded(template=SYSTEM), loaded(template=SYSTEM, seed=1)]
+    for model in models:
+        ensure_store(model, prompts(), ["resid_post.0"], spec, trainer_kwargs=QUIET)
+    assert [tokenizer is models[n].tokenizer for tokenizer, n in zip(read, (0, 2), strict=True)] == [True] * 2
+    ensure_store(models[0], prompts()[:4], ["resid_post.0"], spec, trainer_kwargs=QUIET)
+    assert len(read) == 3
+    assert len(extractor._PLANS) == 1
 
 
 def test_a_new_topic_needs_no_extraction(whole, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mechdiff.errors import FitError
-from mechdiff.functional.cka import cka_contrast, cka_jackknife, linear_cka, standardize
+from mechdiff.functional.cka import cka_contrast, cka_from_sums, cka_jackknife, linear_cka, standardize
+from mechdiff.functional.moments import Moments
 from mechdiff.functional.stats import generator, jackknife
 
 SIZES = (1, 3, 2, 1, 2, 2, 4)
@@ -68,6 +69,18 @@ def test_gram_form_is_feature_form(debiased):
             linear_cka(x, y, debiased=debiased, groups=groups, form=f) for f in ("gram", "feature")
         )
         assert gram.item() == pytest.approx(feature.item(), abs=1e-12)
+
+
+def test_sums_give_the_value_of_the_rows():
+    x, y = gaussian(40, 6) + 3, gaussian(40, 9, name="y") - 2
+    parts = [Moments.zeros(6, 9), Moments.zeros(9, 9)]
+    for rows in (slice(0, 7), slice(7, 40)):
+        parts[0].update(x[rows], y[rows])
+        parts[1].update(y[rows], y[rows])
+    found = cka_from_sums(parts[0].xy, parts[0].xx, parts[1].xx)
+    assert found.item() == pytest.approx(linear_cka(x, y).item(), abs=1e-12)
+    with pytest.raises(FitError, match="does not vary"):
+        cka_from_sums(parts[0].xy, torch.zeros(6, 6), parts[1].xx)
 
 
 def test_biased_value_is_the_textbook_formula():

@@ -122,7 +122,10 @@ def test_swapping_the_ends_of_the_line_flips_integrated_gradients(arch):
     states = clean_states(model, batch)
     baseline = other_run(model, rows=1)
     moved = states.attention[1] - _move(model, states, baseline, batch)
-    other = states._replace(z=dict(baseline.z) | {1: _kept(states, baseline, batch)}, attention={1: moved})
+    z = dict(baseline.z) | {1: _kept(states, baseline, batch)}
+    with torch.no_grad():
+        logits = run_attended(engine, batch, states, 1, moved, 1)
+    other = states._replace(z=z, attention={1: moved}, logits=logits)
     there = integrated_gradients(engine, batch, score, 1, baseline, 12, states)
     back = integrated_gradients(engine, batch, score, 1, Baseline(states.z), 12, other)
     assert (there.values + back.values).abs().max() < 1e-9 * there.values.abs().max()

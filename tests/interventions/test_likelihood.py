@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mechdiff.interventions.likelihood import Reader, continuation_logprobs
+from mechdiff.interventions.likelihood import Reader, continuation_logprobs, many_logprobs
 from mechdiff.interventions.suffix import SuffixEngine
 from tests.models import ARCHITECTURES, VOCAB, tiny_model
 
@@ -34,6 +34,24 @@ def test_scores_are_those_of_the_whole_text(arch, size):
             assert found.within[row].item() == pytest.approx(expected, abs=2e-5)
         following = model(torch.tensor([context]), use_cache=False).logits[0, -1]
         assert torch.allclose(found.next_logits, following, atol=2e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("size", [512, 9])
+def test_contexts_run_together_are_scored_as_alone(arch, size):
+    reader = Reader(SuffixEngine(tiny_model(arch)))
+    contexts = [CONTEXT, [40], [*CONTEXT, 3, 4, 5], CONTEXT[2:], [9]]
+    asked = [(context, TEXTS[n:]) for n, context in enumerate(contexts)]
+    together = many_logprobs(reader, asked, ALLOWED, tokens_per_batch=size)
+    for one, (context, texts) in zip(together, asked, strict=True):
+        alone = continuation_logprobs(reader, context, texts, ALLOWED)
+        assert torch.allclose(one.free, alone.free, atol=2e-5, rtol=0)
+        assert torch.equal(one.within.isinf(), alone.within.isinf())
+        known = ~alone.within.isinf()
+        assert torch.allclose(one.within[known], alone.within[known], atol=2e-5, rtol=0)
+        assert torch.allclose(one.next_logits, alone.next_logits, atol=2e-5)
+    assert many_logprobs(reader, asked[:2])[1].within is None
+    assert many_logprobs(reader, []) == []
 
 
 def test_a_set_of_all_tokens_changes_nothing():
