@@ -98,7 +98,7 @@ class PairLM(HFLM):
         )
         _check_tied(loaded)
         self.alpha, self.rule = alpha, positions
-        self._about = {"pair": pair, "model": role, "weights": loaded.fingerprint}
+        self._about: dict[str, Any] = {"pair": pair, "model": role, "weights": loaded.fingerprint}
         if self.handle is None:
             if alpha is not None or positions is not None:
                 raise ConfigError("alpha and positions are those of a handle; give one (key: handle)")
