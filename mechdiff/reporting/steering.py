@@ -31,8 +31,8 @@ LIMITS = {"side_effect_bpb": 5.0, "side_effect_pp": 5.0}
 _QUANTITIES = {
     "interchange_recovery": ("How much of tuned's next token it restores", "recovery (fraction; 1 = tuned)"),
     "steer_effect": ("How far it moves the {}", "share of the gap (1 = tuned)"),
-    "side_effect_bpb": ("What it costs on neutral prompts: fluency", "bits per byte (% more)"),
-    "side_effect_pp": ("What it costs on neutral prompts: answers that turn", "neutral prompts (pp)"),
+    "side_effect_bpb": ("Cost on neutral prompts: fluency", "bits per byte (% more)"),
+    "side_effect_pp": ("Cost on neutral prompts: answers that turn", "neutral prompts (pp)"),
 }
 _RED: dict[str, Any] = {"color": "#B00020", "linewidth": 1, "linestyle": "--"}
 _METRICS = {"refusal_logodds": "log-odds of refusing", "logprob_correct": "log P(correct)"}
