@@ -1,4 +1,4 @@
-# make env · make demo · make study · make test · make bench · make lint · make docs
+# make env · make demo · make study · make test · make torture · make bench · make lint · make docs
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -11,7 +11,7 @@ CONFIG ?= configs/clt_cultural.yaml
 PAIRS  ?= configs/pairs/cultural_smol.yaml configs/pairs/cognitive_smol.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo study notebooks test bench lint docs format clean
+.PHONY: help env demo study notebooks test torture bench lint docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,13 @@ $(PEERS)/.installed: constraints.txt benchmarks/peers.txt $(STAMP)
 	  $(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet $(PINNED) $$tool || echo "$$tool cannot be installed"; \
 	done
 	@touch $@
+
+torture: export HF_HUB_OFFLINE = 1
+torture: export OMP_NUM_THREADS = 1
+torture: env ## kill, fill the disk and measure memory at length (docs/reliability.md); an hour, root for the disk
+	$(PY) -m tests.torture
+	$(PY) -m tests.torture.memory
+	$(PY) -m tests.torture.disk
 
 lint: env ## check style and types
 	$(PY) -m ruff check

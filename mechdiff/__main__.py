@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 import mechdiff
+from mechdiff.errors import in_one_line
 
 VERBS = {
     "extract": "extract the activations that a configuration needs, on any number of devices, and stop",
@@ -20,8 +21,9 @@ COMPLETION = "completion"
 """Prints what makes a shell complete the verbs."""
 
 
+@in_one_line
 def main(args: list[str] | None = None) -> int:
-    """Run a verb.
+    """Run a verb; a user's mistake is one line and exit code 2, Ctrl-C ends it with 130.
 
     Args:
         args: Command line; ``sys.argv[1:]`` by default.

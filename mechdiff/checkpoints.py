@@ -4,20 +4,41 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mechdiff.data.store import ActivationStore
 from mechdiff.errors import CheckpointError
+from mechdiff.files import whole
 from mechdiff.interventions.sites import Site
 
 FILLED_IN = ("sites", "source_sites", "d_source", "d_target", "noise")
 """Settings of a module that come from the run, not from its configuration."""
 STORES = "stores"
 """Where a checkpoint keeps the keys of the stores that it was fitted to."""
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, wherever they are.
+
+    Lightning writes into the folder for temporary files and moves: to another disk, a move is a copy.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint."""
+        assert storage_options is None, "there are none for a file"
+        body = BytesIO()
+        torch.save(checkpoint, body)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with whole(Path(path)) as part:
+            part.write_bytes(body.getbuffer())
 
 
 def read(path: str) -> dict[str, Any]:
@@ -114,13 +135,18 @@ def check_split(path: str, stored: Mapping[str, Any], split: str | None) -> None
         )
 
 
-def newest(logger: Any) -> str | None:
-    """Return the newest checkpoint of the runs of a logger's configuration."""
+def newest(logger: Any, name: str = "*.ckpt") -> str | None:
+    """Return the newest checkpoint of the runs of a logger's configuration, None if there is none.
+
+    Args:
+        logger: Its configuration.
+        name: Which files count; `last.ckpt`, written after every epoch, holds all that a fit goes on from.
+    """
     init = logger.get("init_args") if isinstance(logger, Namespace) else None
     if not init or not init.get("save_dir"):
         return None
     folder = Path(init.save_dir) / str(init.get("name") or "lightning_logs")
-    found = sorted(folder.glob("version_*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(folder.glob(f"version_*/checkpoints/{name}"), key=lambda path: path.stat().st_mtime)
     return str(found[-1]) if found else None
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from mechdiff import checkpoints, costs, prepare
@@ -28,8 +28,9 @@ from mechdiff.callbacks.graded import read_openings
 from mechdiff.config import SEED
 from mechdiff.data.activations import ActivationPairs
 from mechdiff.data.prompts import for_domain, load_prompts
-from mechdiff.errors import CheckpointError, ConfigError, UsageError
+from mechdiff.errors import CheckpointError, ConfigError, UsageError, in_one_line
 from mechdiff.extraction.extractor import ExtractionSpec
+from mechdiff.extraction.spec import width
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.modules import DiffModule
 from mechdiff.pairs.loading import load_pair
@@ -117,7 +118,9 @@ class MechdiffCLI(LightningCLI):
         self.config = parser.parse_args([self.verb, *OneLineParser.typed])
         prepare.make_absolute(self.cfg)
         path = self.cfg.get("ckpt_path")
-        if path and path != "last":
+        if path == "last":
+            path = self.cfg.ckpt_path = checkpoints.newest(self.cfg.trainer.logger, "last.ckpt")
+        if path:
             self._stored = checkpoints.read(path)
             checkpoints.check_class(path, self._stored, self.cfg.model)
             defaults = parser.get_defaults().get(f"{self.verb}.model.init_args") or {}
@@ -154,7 +157,9 @@ class MechdiffCLI(LightningCLI):
         if self.fast:  # one process is trial enough
             trainer.devices = trainer.devices[:1] if isinstance(trainer.devices, list) else 1
             trainer.strategy = "auto"
-        if self.fast or (trainer.logger in (False, []) and trainer.default_root_dir is None):
+        # On a cluster Lightning resumes what lies there, whoever has left it.
+        elsewhere = trainer.logger in (False, []) or SLURMEnvironment.detect()
+        if self.fast or (elsewhere and trainer.default_root_dir is None):
             trainer.default_root_dir = self._scratch.name
         if cfg.weights_only is None:
             cfg.weights_only = True
@@ -218,8 +223,8 @@ class MechdiffCLI(LightningCLI):
     def _try_out(self, sources: Sequence[Site], sites: Sequence[Site]) -> None:
         prepare.try_out(self.cfg.data)
         widths = {
-            "d_source": {prepare.width(self.pair.base, site) for site in sources},
-            "d_target": {prepare.width(self.pair.tuned, site) for site in sites},
+            "d_source": {width(self.pair.base, site) for site in sources},
+            "d_target": {width(self.pair.tuned, site) for site in sites},
         }
         if all(len(found) == 1 for found in widths.values()):  # else the data say what is wrong
             prepare.try_out(self.cfg.model, **{name: next(iter(found)) for name, found in widths.items()})
@@ -253,12 +258,13 @@ class MechdiffCLI(LightningCLI):
         if self._stored is not None and not self.fast:
             checkpoints.check_split(self.cfg.ckpt_path, self._stored, keys.get("split"))
         self.trainer.callbacks.append(StoreKeys(keys))  # type: ignore[attr-defined]
+        self.trainer.strategy.checkpoint_io = checkpoints.WholeFiles()
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the verb; a mistake found on the way leaves no half-written run behind."""
         try:
             super()._run_subcommand(subcommand)
-        except UsageError:
+        except (UsageError, OSError):
             folder = getattr(
                 self.trainer.logger, "log_dir", None
             )  # the trainer's would wait for all processes
@@ -329,8 +335,9 @@ class MechdiffCLI(LightningCLI):
         return str(path)
 
 
+@in_one_line
 def main(verb: str, args: Sequence[str] | None = None, cli: type[MechdiffCLI] = MechdiffCLI) -> int:
-    """Run a verb; a user's mistake is one line on the error stream and exit code 2.
+    """Run a verb; a user's mistake is one line on the error stream and exit code 2, Ctrl-C ends it with 130.
 
     Args:
         verb: ``fit`` or ``test``.
@@ -338,11 +345,6 @@ def main(verb: str, args: Sequence[str] | None = None, cli: type[MechdiffCLI] = 
         cli: What parses and runs.
     """
     quiet()
-    try:
-        with ends_when_told():
-            cli(verb, args)
-    except UsageError as error:
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"mechdiff: {error}", file=sys.stderr)
-        return 2
+    with ends_when_told():
+        cli(verb, args)
     return 0

@@ -23,6 +23,7 @@ from mechdiff import prepare
 from mechdiff.data.prompts import Prompt, select
 from mechdiff.extraction.extractor import ExtractionSpec
 from mechdiff.extraction.plan import Plan, encode_prompts
+from mechdiff.extraction.spec import width
 from mechdiff.interventions.hooks import get_blocks, stop_after
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import run
@@ -95,7 +96,7 @@ def extraction(
     seen = sum((n - plan.fixed) * (n + plan.fixed + 1) / 2 for n in lengths)
     heads = model.num_heads * model.head_dim
     rows = sum(shard.rows for shard in plan.shards)
-    columns = sum(prepare.width(model, site) for site in sites)
+    columns = sum(width(model, site) for site in sites)
     return Extraction(
         rows,
         tokens,
@@ -170,7 +171,7 @@ def tell(
     """
     module, _, name = config.model.class_path.rpartition(".")
     matrix = bool(config.model.init_args.get("matrix"))
-    widths = prepare.width(pair.base, roles["source"][0]), prepare.width(pair.tuned, roles["target"][0])
+    widths = width(pair.base, roles["source"][0]), width(pair.tuned, roles["target"][0])
 
     def fit(rows: int) -> float | None:
         found: float | None = getattr(import_module(module), name).operations(

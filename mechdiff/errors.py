@@ -4,6 +4,56 @@ Every message is one line that names the value, the allowed range and the config
 prints that line and exits with code 2.
 """
 
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
+from mechdiff.files import blocked
+
+REFUSED, INTERRUPTED = 2, 130
+"""Exit codes: of what a user's mistake or a full disk ends, and after Ctrl-C, as a shell has it."""
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+P = ParamSpec("P")
+
+
+def in_one_line(verb: Callable[P, int]) -> Callable[P, int]:
+    """Let a verb of the command line end with one line and an exit code, not with a traceback.
+
+    That is for a user's mistake, for a place that cannot be written or read, and for Ctrl-C, which Lightning
+    turns into an exit. Of several processes the first one speaks.
+
+    Args:
+        verb: What runs and returns an exit code.
+    """
+
+    @wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return verb(*args, **kwargs)
+        except UsageError as error:
+            said, code = str(error), REFUSED
+        except OSError as error:
+            reason = blocked(error)
+            if reason is None:
+                raise
+            said, code = reason, REFUSED
+        except (KeyboardInterrupt, SystemExit) as left:
+            if not any(isinstance(reason, KeyboardInterrupt) for reason in (left, left.__context__)):
+                raise
+            said, code = (
+                "interrupted; what is complete is kept, and the same command goes on",
+                INTERRUPTED,
+            )
+        if not any(int(os.environ.get(name) or 0) for name in _RANKS):
+            print(f"mechdiff: {said}", file=sys.stderr)
+        return code
+
+    return run
+
 
 class UsageError(ValueError):
     """A mistake in what the user asked for; never a fault of this library."""

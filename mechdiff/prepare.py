@@ -21,7 +21,7 @@ from mechdiff.errors import ConfigError, PromptError
 from mechdiff.extraction.extractor import ExtractionSpec, ensure_store, store_identity
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.pairs.alignment import encode, template_tokens
-from mechdiff.pairs.loading import LoadedModel, LoadedPair
+from mechdiff.pairs.loading import LoadedPair
 from mechdiff.pairs.spec import ModelSpec, PairSpec
 from mechdiff.results import Record, Results, handed_on
 
@@ -229,13 +229,6 @@ def try_out(given: Namespace, **more: Any) -> None:
     module, _, name = given.class_path.rpartition(".")
     with torch.device("meta"):
         getattr(import_module(module), name)(**{**given.init_args.as_dict(), **more})
-
-
-def width(model: LoadedModel, site: Site) -> int:
-    """Return the width of the rows that a store keeps of a site."""
-    if site.component == "head_z":
-        return model.num_heads * model.head_dim
-    return model.width * (model.num_heads if site.component == "head_out" else 1)
 
 
 def make_absolute(config: Namespace) -> None:

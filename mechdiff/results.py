@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from mechdiff.errors import ConfigError
+from mechdiff.files import write_text
 
 SCHEMA = 1
 
@@ -163,11 +163,7 @@ class Results:
         )
         body = {"schema": SCHEMA, "provenance": self.provenance, "records": [asdict(r) for r in self.records]}
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(
-            json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        os.replace(part, path)
+        write_text(path, json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         return path
 
     @classmethod

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 from mechdiff import prepare
 from mechdiff.errors import ConfigError
+from mechdiff.files import PART, write_text
 from mechdiff.pairs.spec import PairSpec
 from mechdiff.parser import OneLineParser
 from mechdiff.reporting.report.runs import STUDY, TABLE, planned
@@ -106,14 +106,15 @@ class Step:
 
     def begin(self) -> None:
         """Make an empty folder: nothing of an earlier attempt is mixed in."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
 
     def end(self, seconds: float) -> None:
         """Mark it as done."""
         body: dict[str, Any] = {"seconds": round(seconds, 1), "results": _digest(self.folder / TABLE)}
         body |= {"layers": self.layers} if self.takes_layers else {}
-        _write(self.folder / MARKER, body)
+        write_text(self.folder / MARKER, json.dumps(body, indent=1) + "\n")
 
     def arguments(self, more: Sequence[str] = ()) -> list[str]:
         """Return the command line of its run.
@@ -205,10 +206,12 @@ def claim(out: Path, pairs: Sequence[Path], quick: bool, more: Sequence[str]) ->
                 "resume it with the same, or write elsewhere (key: --out)"
             )
         return
-    if out.is_dir() and {path.name for path in out.iterdir()} - {_part(file).name}:
+    if out.is_dir() and any(path.suffix != PART for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no study; give another folder (key: --out)")
     out.mkdir(parents=True, exist_ok=True)
-    _write(file, wanted)
+    for part in out.iterdir():  # left by one that was killed before anything was run
+        part.unlink()
+    write_text(file, json.dumps(wanted, indent=1) + "\n")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -218,16 +221,6 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return body if isinstance(body, dict) else {}
-
-
-def _write(file: Path, body: dict[str, Any]) -> None:
-    """Write a file whole or not at all: a study may be killed at any time."""
-    _part(file).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    os.replace(_part(file), file)
-
-
-def _part(file: Path) -> Path:
-    return file.with_name(f"{file.name}.part")
 
 
 def _digest(table: Path) -> str:

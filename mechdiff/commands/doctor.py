@@ -31,6 +31,8 @@ GIB = 2**30
 def parser() -> Options:
     """Build the parser of the verb."""
     found = Options("mechdiff doctor", description=ABOUT)
+    store_help = "folder of a store, <root>/<key>: say which of its rows are sound, and nothing else"
+    found.add_argument("store", nargs="*", type=Path, metavar="STORE", help=store_help)
     pair_help = "pair files; by default those in configs/pairs"
     found.add_argument("--pair", nargs="+", action="extend", type=Path, metavar="FILE", help=pair_help)
     config_help = "configuration for which the disk is reckoned; by default that of a run without any"
@@ -47,13 +49,12 @@ def main(args: Sequence[str]) -> int:
     """
     given = parser().parse_args(args)
     pairs = given.pair or sorted(Path("configs/pairs").glob("*.yaml"))
+    from mechdiff.commands.soundness import look
+
     wrong: list[str] = []
-    try:
-        kept = _kept(given.config)
-    except UsageError as error:
-        print(f"mechdiff: {error}", file=sys.stderr)
-        return 2
-    for title, lines in (
+    kept = _kept(given.config)
+    stores = [("store", look(folder, wrong)) for folder in given.store]
+    for title, lines in stores or (
         ("installed", _installed(wrong)),
         ("devices", _devices()),
         ("pairs", _pairs(pairs, bool(given.pair), given.stores, kept, wrong)),

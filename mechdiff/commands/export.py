@@ -8,8 +8,6 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
-from mechdiff.errors import UsageError
-
 
 def export(
     run: str,
@@ -71,9 +69,5 @@ def main(args: Sequence[str]) -> int:
     from mechdiff.parser import quiet
 
     quiet()
-    try:
-        print("\n".join(export(**given.as_dict())))
-    except UsageError as error:
-        print(f"mechdiff: {error}", file=sys.stderr)
-        return 2
+    print("\n".join(export(**given.as_dict())))
     return 0

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mechdiff.commands.options import Options
-from mechdiff.errors import UsageError
 
 ABOUT = "Draw report.html and report.md from the records of runs; no model is loaded."
 
@@ -38,12 +36,7 @@ def main(args: Sequence[str]) -> int:
 
     first = Path(given.runs[0])
     out = given.out or (first if first.is_dir() else first.parent)
-    try:
-        tables = [write_records(given.runs, given.records)] if given.records else []
-        written = [*write_report(given.runs, out, not given.no_figures), *tables]
-    except UsageError as error:
-        print(f"mechdiff: {error}", file=sys.stderr)
-        return 2
-    for path in written:
+    tables = [write_records(given.runs, given.records)] if given.records else []
+    for path in [*write_report(given.runs, out, not given.no_figures), *tables]:
         print(path)
     return 0

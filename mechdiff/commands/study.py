@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,7 +14,7 @@ from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextCol
 from rich.text import Text
 
 from mechdiff.commands.options import Options
-from mechdiff.errors import ConfigError, UsageError
+from mechdiff.errors import INTERRUPTED, REFUSED, ConfigError
 
 if TYPE_CHECKING:
     from mechdiff.study import Step
@@ -24,10 +23,6 @@ ABOUT = (
     "Run RQ1 to RQ4 of each pair in order and write one report. What is done is not run again: the same "
     "command goes on where it stopped. Further options, such as --trainer.accelerator=cpu, go to every run."
 )
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as a shell has it."""
-REFUSED = 2
-"""Exit code of a run that a user's mistake ends."""
 
 
 def parser() -> Options:
@@ -68,14 +63,7 @@ def main(args: Sequence[str]) -> int:
     Args:
         args: Command line after the verb.
     """
-    given, more = parser().parse_known_args(args)
-    try:
-        return _study(given, more)
-    except UsageError as error:
-        print(f"mechdiff: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return _study(*parser().parse_known_args(args))
 
 
 def questions(text: str) -> list[str]:
@@ -93,6 +81,7 @@ def questions(text: str) -> list[str]:
 def _study(given: argparse.Namespace, more: Sequence[str]) -> int:
     asked = questions(given.questions)
     from mechdiff.contrasts import compare
+    from mechdiff.extraction.lock import alone
     from mechdiff.reporting.report.page import write_report
     from mechdiff.reporting.report.runs import read_study
     from mechdiff.study import claim, plan, read_pair
@@ -106,13 +95,14 @@ def _study(given: argparse.Namespace, more: Sequence[str]) -> int:
     console = Console()
     for line in without:
         console.print(f"left out: {line}", highlight=False)
-    failed = _run(steps, more, console)
-    if not any(step.done for step in steps):
-        return 2
-    compare(read_study([out]))
-    for path in write_report([out], out, not given.no_figures):
-        console.print(f"report  {path}", soft_wrap=True, highlight=False)
-    console.print(f"TensorBoard  tensorboard --logdir {out}", soft_wrap=True, highlight=False)
+    with alone(out, "--out"):
+        failed = _run(steps, more, console)
+        if not any(step.done for step in steps):
+            return 2
+        compare(read_study([out]))
+        for path in write_report([out], out, not given.no_figures):
+            console.print(f"report  {path}", soft_wrap=True, highlight=False)
+        console.print(f"TensorBoard  tensorboard --logdir {out}", soft_wrap=True, highlight=False)
     return 2 if failed else 0
 
 
@@ -175,17 +165,18 @@ def _call(verb: str, args: Sequence[str], log: TextIO) -> int:
     """Run a verb of the command line in this process; the models stay loaded for the next question.
 
     Raises:
-        KeyboardInterrupt: Where the user interrupts it, which Lightning turns into an exit with code 1.
+        KeyboardInterrupt: Where the user interrupts it.
         SystemExit: Where anything else but a user's mistake ends it.
     """
     from mechdiff.cli import main as run
 
     try:
         with redirect_stdout(log), redirect_stderr(log):
-            return run(verb, args)
+            code = run(verb, args)
     except SystemExit as left:
         if left.code == REFUSED:
             return REFUSED
-        if isinstance(left.__context__, KeyboardInterrupt):
-            raise left.__context__ from None
         raise
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    return code

@@ -14,6 +14,8 @@ import hashlib
 import json
 import os
 import re
+import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -23,12 +25,17 @@ from typing import Any
 import xxhash
 
 from mechdiff.errors import StoreError
+from mechdiff.files import write_text
 from mechdiff.interventions.sites import Site
 
 SCHEMA = 2
 """Counts changes of the layout, and of how activations are computed where that moves last digits."""
 MANIFEST = "manifest.json"
+ROOT = "extraction.root"
+"""The key by which a user says where stores are."""
 _SHARD = re.compile(r"shard-\d{5}\.h5")
+_SETTLED = 1.0  # seconds: a change within one tick of the clock would leave a file's times as they were
+_SOUND: set[tuple[int | str, ...]] = set()  # files that this process has verified, as they were then
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,8 @@ class Shard:
     def check(self, folder: Path) -> None:
         """Refuse a file that is missing or not the one that was committed.
 
+        A process reads a file for this once, and again if its size, time or place on the disk has changed.
+
         Raises:
             StoreError: If so, naming the file.
         """
@@ -133,10 +142,28 @@ class Shard:
             )
         if not path.is_file():
             raise StoreError(f"{path} is missing from the store; run `mechdiff extract` to make it again")
-        if checksum(path) != self.xxh3:
-            raise StoreError(
-                f"{path} is damaged: its checksum has changed; run `mechdiff extract` to make it again"
-            )
+        about = path.stat()
+        seen = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns, self.xxh3)
+        if seen in _SOUND:
+            return
+        found = checksum(path)
+        if found != self.xxh3:
+            reason = self._whose(folder, found)
+            raise StoreError(f"{path} is damaged: {reason}; run `mechdiff extract` to make it again")
+        if time.time() - about.st_mtime > _SETTLED:
+            _SOUND.add(seen)
+
+    def _whose(self, folder: Path, found: str) -> str:
+        """Say why a file has the checksum that was found: it may be another one that was committed here."""
+        for record in sorted(folder.glob("shard-*.json")):
+            try:
+                body = read_json(record)
+            except StoreError:
+                continue
+            if body.get("xxh3") == found:
+                other = str(body.get("file"))
+                return f"it is {other}" if other != self.file else f"{MANIFEST} is that of another run"
+        return "its checksum has changed"
 
     def intact(self, folder: Path) -> bool:
         """Tell whether `check` accepts the file."""
@@ -161,6 +188,12 @@ class Pass:
     widths: dict[Site, int]
     shards: list[Shard]
 
+    @staticmethod
+    def name(sites: Iterable[Site]) -> str:
+        """Return the name of the folder of a pass: a hash of its sites."""
+        text = json.dumps([str(site) for site in sorted(sites)])
+        return f"pass-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
     @classmethod
     def read(cls, folder: Path, key: str) -> Pass:
         """Read the manifest of a pass.
@@ -179,6 +212,8 @@ class Pass:
             raise StoreError(f"{folder / MANIFEST} is not the manifest of a pass: {error}") from error
         if owner != key:
             raise StoreError(f"{folder / MANIFEST} belongs to store {owner}, not to {key}")
+        if folder.name != cls.name(widths):
+            raise StoreError(f"{folder / MANIFEST} is that of another pass, {cls.name(widths)}; remove it")
         return cls(folder, widths, shards)
 
     def write(self, key: str) -> None:
@@ -240,10 +275,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, body: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(body, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        StoreError: If the folder cannot be written to.
+    """
+    text = json.dumps(body, indent=1, ensure_ascii=False)
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+
+
+def unwritable(folder: Path, error: OSError, key: str = ROOT) -> StoreError:
+    """Say that a folder cannot be written to, and what became of it.
+
+    Args:
+        folder: A store, or a part of one.
+        error: What the system said.
+        key: What the user calls it.
+    """
+    reason = os.strerror(error.errno) if error.errno else str(error).strip().splitlines()[0]  # HDF5 says more
+    return StoreError(f"cannot write to {folder}: {reason}; what is complete is kept (key: {key})")

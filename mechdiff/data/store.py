@@ -2,7 +2,8 @@
 
 1. Each shard has columns `rows/{example, region, offset, position}` and one array per site, `sites/<site>`.
 2. Rows lie in the same order in every pass: texts by length, then as given; within a text as the tokens.
-3. Every file is checked when the store is opened. Nothing is filled in for what is missing.
+3. Every file is checked when the store is opened, and again when it is read after it has changed. Nothing is
+   filled in for what is missing: arrays lie whole in their own file.
 4. HDF5 has no bfloat16 that h5py reads: it is kept as the bits of a uint16, exactly.
 """
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdiff.data.manifest import MANIFEST, Contents, Pass, StoreIdentity, passes
+from mechdiff.data.manifest import MANIFEST, Contents, Pass, Shard, StoreIdentity, passes
 from mechdiff.errors import StoreError
 from mechdiff.interventions.sites import POSITIONS, SUFFIX, USER, Site
 
@@ -144,8 +145,8 @@ class ActivationStore:
             local, places = wanted[first:stop] - start, order[first:stop]
             if not local.size:
                 continue
-            with _opened(part.folder / shard.file) as file:
-                begin = file[f"sites/{name}"].id.get_offset()
+            with _opened(part, shard) as file:
+                begin = _array(file, f"sites/{name}", (shard.rows, out.shape[1])).id.get_offset()
                 _gather(part.folder / shard.file, begin, local, places, out, self.identity.dtype)
         return torch.from_numpy(out)
 
@@ -209,7 +210,9 @@ def _gather(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
+def _opened(part: Pass, shard: Shard) -> Iterator[h5py.File]:
+    path = part.folder / shard.file
+    shard.check(part.folder)
     try:
         with h5py.File(path, "r") as file:
             yield file
@@ -217,10 +220,27 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         raise StoreError(f"cannot read {path}: {error}") from error
 
 
+def _array(file: h5py.File, name: str, shape: tuple[int, ...]) -> h5py.Dataset:
+    """Return an array that lies whole in its own file.
+
+    One that is put together from other files, or was never written, would read as zeros where they are gone.
+    """
+    group, leaf = name.split("/")
+    data = file[name]
+    own = all(
+        isinstance(place.get(key, getlink=True), h5py.HardLink)
+        for place, key in ((file, group), (file[group], leaf))
+    )
+    plain = isinstance(data, h5py.Dataset) and not data.is_virtual and not data.external
+    if not (own and plain and data.shape == shape and data.chunks is None and data.id.get_offset()):
+        raise StoreError(f"{file.filename} does not hold {name} whole, as {shape} numbers; remove the file")
+    return data
+
+
 def _read_rows(part: Pass) -> Rows:
     columns: list[list[np.ndarray]] = [[] for _ in Rows._fields]
     for shard in part.shards:
-        with _opened(part.folder / shard.file) as file:
+        with _opened(part, shard) as file:
             for column, name in zip(columns, Rows._fields, strict=True):
-                column.append(file[f"rows/{name}"][:].astype(np.int64))
+                column.append(_array(file, f"rows/{name}", (shard.rows,))[:].astype(np.int64))
     return Rows(*(torch.from_numpy(np.concatenate(column)) for column in columns))

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -26,19 +26,21 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from mechdiff.data import prompts as prompt_files
-from mechdiff.data.manifest import MANIFEST, Contents, Example, StoreIdentity, passes
+from mechdiff.data.manifest import MANIFEST, Contents, Example, Pass, StoreIdentity, passes, unwritable
 from mechdiff.data.prompts import Prompt
 from mechdiff.data.store import DTYPES, ActivationStore
-from mechdiff.errors import ActivationError, ConfigError, UsageError
+from mechdiff.errors import ActivationError, UsageError
 from mechdiff.extraction.lock import alone, first
-from mechdiff.extraction.plan import KEPT, Batch, Plan, PlannedBatches, PlannedShard, deal, encode_prompts
+from mechdiff.extraction.memory import Parts
+from mechdiff.extraction.plan import Batch, Plan, PlannedBatches, PlannedShard, deal, encode_prompts
+from mechdiff.extraction.spec import ExtractionSpec, check_room, width
 from mechdiff.extraction.transfer import HostCopies
 from mechdiff.extraction.writer import ActivationWriter, Prediction
 from mechdiff.interventions.hooks import record, stop_after
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.interventions.suffix import prefill, run
 from mechdiff.pairs.alignment import template_tokens
-from mechdiff.pairs.tokenizers import digest, tokenizer_hashes
+from mechdiff.pairs.tokenizers import tokenizer_hashes
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -47,38 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _PLANS: dict[tuple[Any, ...], Plan] = {}  # the last one
-
-
-@dataclass(frozen=True)
-class ExtractionSpec:
-    """How activations are extracted and kept."""
-
-    root: str = "stores"
-    """Folder of all stores."""
-    positions: Literal["all", "user", "last"] = "all"
-    """Rows kept: all after the template's fixed beginning, those of the user's text, or the last one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type on disk; the model computes in its own."""
-    tokens_per_batch: int = 1024
-    """Tokens of a batch, padding included."""
-    batches_per_shard: int = 16
-    """Batches per file; an interrupted run loses at most one file per process."""
-
-    def check(self) -> ExtractionSpec:
-        """Refuse values out of range.
-
-        Raises:
-            ConfigError: Naming the value, the allowed range and the key.
-        """
-        for name, allowed in (("positions", tuple(KEPT)), ("dtype", tuple(DTYPES))):
-            if getattr(self, name) not in allowed:
-                got = f"{getattr(self, name)!r}; allowed: {', '.join(allowed)}"
-                raise ConfigError(f"{name} is {got} (key: extraction.{name})")
-        for name in ("tokens_per_batch", "batches_per_shard"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; allowed: 1 or more (key: extraction.{name})")
-        return self
 
 
 class Extractor(L.LightningModule):
@@ -105,7 +75,8 @@ class Extractor(L.LightningModule):
     ) -> None:
         super().__init__()
         self.source, self.sites, self.plan, self.writer, self.ids = source, sites, plan, writer, ids
-        self.copies = HostCopies()
+        self.copies, self.parts = HostCopies(), Parts(source.role)
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a process may have nothing to do
         self.dealt: list[list[PlannedShard]] = []
         self.started = 0.0
         self._prefix: DynamicCache | None = None
@@ -148,17 +119,7 @@ class Extractor(L.LightningModule):
             the type of the disk. It raises `ActivationError` if one is NaN or infinite, naming the prompt
             and the site.
         """
-        model, start = self.source.model, 0 if self._prefix is None else self.plan.fixed
-        dtype = DTYPES[self.writer.dtype]
-
-        def wanted(states: Tensor) -> Tensor:
-            text, token = batch.where.to(states.device).unbind(-1)
-            return states[text, token - start].flatten(1).to(dtype)
-
-        last = max(site.layer for site in self.sites)
-        with record(model, self.sites, wanted) as kept, stop_after(model, last):
-            run(model, batch.input_ids[:, start:], prefix=self._prefix)
-        rows = [kept[site] for site in self.sites]
+        rows = self.parts.run(self._rows, batch.input_ids, batch.where)
         wait = self.copies.start([*rows, *(values.isfinite().all() for values in rows)])
 
         def finish() -> dict[Site, Tensor]:
@@ -170,6 +131,20 @@ class Extractor(L.LightningModule):
             return found
 
         return finish
+
+    def _rows(self, input_ids: Tensor, where: Tensor) -> list[Tensor]:
+        """Return the wanted rows of some texts, one tensor for each site."""
+        model, start = self.source.model, 0 if self._prefix is None else self.plan.fixed
+        dtype = DTYPES[self.writer.dtype]
+
+        def wanted(states: Tensor) -> Tensor:
+            text, token = where.to(states.device).unbind(-1)
+            return states[text, token - start].flatten(1).to(dtype)
+
+        last = max(site.layer for site in self.sites)
+        with record(model, self.sites, wanted) as kept, stop_after(model, last):
+            run(model, input_ids[:, start:], prefix=self._prefix)
+        return [kept[site] for site in self.sites]
 
     def _not_finite(self, site: Site, values: Tensor, batch: Batch) -> ActivationError:
         where = int(values.isfinite().all(dim=1).int().argmin())
@@ -233,7 +208,7 @@ def ensure_store(
         SiteError: If the model lacks a site.
         PromptError: If a prompt does not fit into the model.
         ActivationError: If an activation is not finite.
-        StoreError: If the folder cannot be written, or another process is busy with it.
+        StoreError: If the folder cannot be written, has too little room, or another process is busy with it.
     """
     wanted = sorted({Site.parse(site) for site in sites})
     check_layers(wanted, model.depth)
@@ -247,9 +222,9 @@ def ensure_store(
         with alone(folder):
             if first():  # a new topic or label of an old text is no reason to extract again
                 contents.write(folder)
-            for part in _todo(folder, identity.key, wanted):
-                run, plan = trainer_kwargs or {}, _plan(model, prompts, spec, identity)
-                _extract(model, prompts, part, plan, spec, folder, identity.key, run, trainer_factory)
+            todo = _todo(folder, identity.key, wanted)
+            for extractor in _extractors(model, prompts, todo, spec, folder, identity) if todo else ():
+                _extract(extractor, trainer_kwargs or {}, trainer_factory)
     return ActivationStore.open(folder, identity)
 
 
@@ -298,22 +273,33 @@ def _plan(
     return _PLANS[key]
 
 
-def _extract(
+def _extractors(
     model: LoadedModel,
     prompts: Sequence[Prompt],
-    sites: list[Site],
-    plan: Plan,
+    todo: Sequence[Sequence[Site]],
     spec: ExtractionSpec,
     folder: Path,
-    key: str,
-    trainer_kwargs: dict[str, Any],
-    trainer_factory: Callable[..., L.Trainer],
+    identity: StoreIdentity,
+) -> list[Extractor]:
+    """Plan the passes, and see to it that the disk has room for what is missing of them."""
+    plan, key = _plan(model, prompts, spec, identity), identity.key
+    writers = [ActivationWriter(folder / Pass.name(part), plan.shards, key, spec.dtype) for part in todo]
+    widths = [sum(width(model, site) for site in part) for part in todo]
+    if first():
+        check_room(folder, zip(widths, (w.missing() for w in writers), strict=True), spec.dtype)
+    ids = [prompt.id for prompt in prompts]
+    return [Extractor(model, part, plan, writer, ids) for part, writer in zip(todo, writers, strict=True)]
+
+
+def _extract(
+    extractor: Extractor, trainer_kwargs: dict[str, Any], trainer_factory: Callable[..., L.Trainer]
 ) -> None:
     """Run one pass."""
-    into = folder / f"pass-{digest([str(site) for site in sites])}"
-    into.mkdir(parents=True, exist_ok=True)  # whichever process comes first
-    writer = ActivationWriter(into, plan.shards, key, spec.dtype)
-    extractor = Extractor(model, sites, plan, writer, [prompt.id for prompt in prompts])
+    model, writer, sites = extractor.source, extractor.writer, extractor.sites
+    try:
+        writer.folder.mkdir(parents=True, exist_ok=True)  # whichever process comes first
+    except OSError as error:
+        raise unwritable(writer.folder, error) from error
     options: dict[str, Any] = {
         "accelerator": model.device.type,
         "devices": 1 if model.device.index is None else [model.device.index],
@@ -334,8 +320,9 @@ def _extract(
         "limit_predict_batches": None,
         "fast_dev_run": False,
     }
-    trainer = trainer_factory(callbacks=callbacks, **options)
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(prefix="mechdiff-") as scratch, warnings.catch_warnings():
+        # What Lightning saves before a cluster takes the machine away would be resumed by whatever runs next.
+        trainer = trainer_factory(callbacks=callbacks, **options | {"default_root_dir": scratch})
         warnings.filterwarnings("ignore", "Couldn't infer the batch indices")  # rows say where they come from
         warnings.filterwarnings("ignore", "Total length of")  # a process may have nothing to do
         trainer.predict(extractor, return_predictions=False)

@@ -1,7 +1,7 @@
 """Write activations to the shards of a store as they are computed.
 
-1. A shard is written under a temporary name, flushed to disk, hashed and renamed. A record beside it, written
-   last, says that it is complete and which batches it holds.
+1. A shard is written under a temporary name of this process's own, flushed to disk, hashed and renamed. A
+   record beside it, written last, says that it is complete and which batches it holds.
 2. One thread writes batches in order and another completes shards, while the device computes what comes next;
    at most `AHEAD` batches wait. After a failure neither does anything more.
 3. A shard with a matching record and checksum is never computed again; anything else is.
@@ -20,21 +20,21 @@ from pathlib import Path
 
 import h5py
 import lightning as L
-import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from mechdiff.data.manifest import MANIFEST, SCHEMA, Pass, Shard, checksum, read_json, write_json
+from mechdiff.data.manifest import MANIFEST, SCHEMA, Pass, Shard, checksum, read_json, unwritable, write_json
 from mechdiff.data.store import encode
 from mechdiff.errors import StoreError
 from mechdiff.extraction.plan import Batch, PlannedShard
+from mechdiff.extraction.spec import COLUMNS, KINDS, size
+from mechdiff.files import PART
 from mechdiff.interventions.sites import Site
 
 AHEAD = 2
 """Batches that may wait to be written; each holds its rows in memory."""
 Prediction = Callable[[], Mapping[Site, Tensor]]
 """Waits for the rows of a batch and returns them by site, `(rows, width)` on the CPU."""
-COLUMNS = {"example": np.int32, "region": np.int8, "offset": np.int32, "position": np.int32}
 
 
 class ActivationWriter(BasePredictionWriter):
@@ -95,10 +95,12 @@ class ActivationWriter(BasePredictionWriter):
         self._stop()
         self._waiting.clear()
         file, self._file = self._file, None
-        if self._closed is not None:
-            self._closed.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be what has gone
+            if self._closed is not None:
+                self._closed.unlink(missing_ok=True)
+            if file is not None:
+                Path(file.filename).unlink(missing_ok=True)
         if file is not None:
-            Path(file.filename).unlink(missing_ok=True)
             with suppress(OSError, RuntimeError):  # what could not be written cannot be flushed either
                 file.close()
 
@@ -117,19 +119,24 @@ class ActivationWriter(BasePredictionWriter):
             widths = {Site.parse(name): int(data.shape[1]) for name, data in file["sites"].items()}
         Pass(self.folder, widths, shards).write(self.key)
         used = {name for shard in self.shards for name in (shard.file, _record(shard).name)} | {MANIFEST}
-        for path in self.folder.iterdir():  # left by a plan with other batches
-            if path.name not in used:
-                path.unlink()
+        try:
+            for path in self.folder.iterdir():  # left by a plan with other batches
+                if path.name not in used:
+                    path.unlink()
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
 
     def _begin(self, shard: PlannedShard, prediction: Mapping[Site, Tensor]) -> None:
         assert self._file is None, "the last shard was not completed"
-        self._file = h5py.File(self.folder / f".{shard.file}.part", "w")
+        self._file = h5py.File(self.folder / f".{shard.file}.{os.getpid()}{PART}", "w")
         self._file.attrs["dtype"] = self.dtype
         for name, dtype in COLUMNS.items():
             self._file.create_dataset(f"rows/{name}", (shard.rows,), dtype)
         for site, values in prediction.items():
-            kind = np.uint16 if self.dtype == "bfloat16" else np.float32
-            self._file.create_dataset(f"sites/{site}", (shard.rows, values.shape[1]), kind)
+            self._file.create_dataset(f"sites/{site}", (shard.rows, values.shape[1]), KINDS[self.dtype])
+        if hasattr(os, "posix_fallocate"):  # HDF5 does not survive a file that it cannot finish
+            room = size(shard, sum(values.shape[1] for values in prediction.values()), self.dtype)
+            os.posix_fallocate(self._file.id.get_vfd_handle(), 0, room)
 
     def _write(self, prediction: Prediction, batch: Batch) -> None:
         """Write one batch; after a batch that failed the shard has a hole, and must not be completed."""
@@ -148,13 +155,16 @@ class ActivationWriter(BasePredictionWriter):
             if end == shard.rows:
                 self._wait_for_shard()
                 self._closed = Path(self._file.filename)
+                self._file.flush()
+                length = self._file.id.get_filesize()
                 self._file.close()
                 self._file = None
+                os.truncate(self._closed, length)  # the rest was reserved
                 self._completing = self._threads[1].submit(self._commit, shard, self._closed)
         except BaseException as error:
             self._failed = True
             if isinstance(error, OSError):
-                raise StoreError(self._unwritable(error)) from error
+                raise unwritable(self.folder, error) from error
             raise
 
     def _commit(self, shard: PlannedShard, part: Path) -> None:
@@ -167,11 +177,7 @@ class ActivationWriter(BasePredictionWriter):
             body = {"schema": SCHEMA, "key": self.key, "batches": shard.digest, **asdict(done)}
             write_json(self.folder / _record(shard), body)
         except OSError as error:
-            raise StoreError(self._unwritable(error)) from error
-
-    def _unwritable(self, error: OSError) -> str:
-        reason = error.strerror or str(error).strip().splitlines()[0]
-        return f"cannot write to {self.folder}: {reason}; what is complete is kept (key: extraction.root)"
+            raise unwritable(self.folder, error) from error
 
     def _wait_for_shard(self) -> None:
         if self._completing is not None:

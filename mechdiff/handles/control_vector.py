@@ -13,13 +13,13 @@ Source: ggml-org/llama.cpp, `common_control_vector_load_one` (common/common.cpp)
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from gguf import GGUFWriter
 
 from mechdiff.errors import HandleError
+from mechdiff.files import whole
 from mechdiff.handles.files import Handle
 
 ARCHITECTURE = "controlvector"
@@ -44,16 +44,15 @@ def write_control_vector(path: str | Path, handle: Handle, hint: str) -> Path:
         raise HandleError(f"llama.cpp cannot steer {site}; allowed: resid_post.1 and above (key: site)")
     shift = handle.change(torch.zeros(1, m.width))[0]
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    writer = GGUFWriter(part, ARCHITECTURE)
-    writer.add_name(f"{m.provenance.get('pair')} {site}")
-    writer.add_description(f"mechdiff handle: add, {m.solver}, alpha {m.alpha}, for weights {m.weights}")
-    writer.add_string(f"{ARCHITECTURE}.model_hint", hint)
-    writer.add_int32(f"{ARCHITECTURE}.layer_count", 1)
-    writer.add_tensor(f"direction.{site.layer}", shift.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(part, path)
+    with whole(path) as part:
+        writer = GGUFWriter(part, ARCHITECTURE)
+        writer.add_name(f"{m.provenance.get('pair')} {site}")
+        writer.add_description(f"mechdiff handle: add, {m.solver}, alpha {m.alpha}, for weights {m.weights}")
+        writer.add_string(f"{ARCHITECTURE}.model_hint", hint)
+        writer.add_int32(f"{ARCHITECTURE}.layer_count", 1)
+        writer.add_tensor(f"direction.{site.layer}", shift.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return path

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mechdiff.errors import FitError, HandleError, SiteError
+from mechdiff.files import whole
 from mechdiff.functional.clt import AffineMap
 from mechdiff.functional.edits import Known, change, check_edit
 from mechdiff.functional.steering import orthonormal
@@ -142,9 +142,8 @@ def write(path: str | Path, handle: Handle) -> Path:
     tensors = {n: t.detach().cpu().to(torch.float32).contiguous() for n, t in kept.items() if t is not None}
     header = {"format": FORMAT, "manifest": json.dumps(asdict(handle.manifest), allow_nan=False)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(save(tensors, metadata=header))
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_bytes(save(tensors, metadata=header))
     return path
 
 

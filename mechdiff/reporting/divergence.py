@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from mechdiff.errors import ConfigError
+from mechdiff.files import whole
 from mechdiff.reporting.cells import component, layer, pair_name
 from mechdiff.reporting.panels import COLOURS, GREY, MARKERS, STYLE, Cell, bars, label_sites, marker
 from mechdiff.results import Record, Results
@@ -288,5 +289,6 @@ def finish(figure: Figure, out: str | Path | None) -> Figure:
     """Save a figure if there is a file for it."""
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
+        with whole(Path(out)) as part:
+            figure.savefig(part, format=Path(out).suffix.removeprefix("."))
     return figure

@@ -13,6 +13,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from mechdiff.errors import ConfigError
+from mechdiff.files import whole
 from mechdiff.reporting.report.runs import Study, read_study
 from mechdiff.results import Record
 
@@ -55,10 +56,8 @@ def write_records(places: Sequence[str | Path], path: str | Path) -> Path:
         raise ConfigError(f"{path} ends in {path.suffix!r}; allowed: {' or '.join(FORMATS)} (key: --records)")
     table = pa.Table.from_pylist(list(_rows(read_study(places))), schema=pa.schema(list(COLUMNS.items())))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".csv":
-        csv.write_csv(table, path)
-    else:
-        pq.write_table(table, path)
+    with whole(path) as part:
+        (csv.write_csv if path.suffix == ".csv" else pq.write_table)(table, part)
     return path
 
 

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from mechdiff.errors import ConfigError
+from mechdiff.files import whole
 from mechdiff.reporting.cells import CONTROLS, counts, find, pair_name, positions_of, sites_of
 from mechdiff.reporting.panels import COLOURS, GREY, STYLE, Cell, bars, label_sites, marker, steps
 from mechdiff.results import Results
@@ -230,5 +231,6 @@ def _caption(figure: Figure, results: Results, quantity: str, more: str) -> None
 def _finish(figure: Figure, out: str | Path | None) -> Figure:
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
+        with whole(Path(out)) as part:
+            figure.savefig(part, format=Path(out).suffix.removeprefix("."))
     return figure

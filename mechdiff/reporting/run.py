@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from mechdiff.data.store import ActivationStore
+from mechdiff.files import whole
 from mechdiff.reporting.figures import drawable
 from mechdiff.reporting.table import tables
 from mechdiff.reporting.tensorboard import log_results
@@ -43,10 +44,13 @@ def write_run(
     if folder is None:
         return
     folder = Path(folder)
-    paths = {"results": results.write(folder / "results.json")}
-    if items:
-        pq.write_table(pa.Table.from_pylist(list(items)), folder / "items.parquet")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {"results": folder / "results.json"}
+    if items:  # where there is a table, they are there as well
         paths["per prompt"] = folder / "items.parquet"
+        with whole(paths["per prompt"]) as part:
+            pq.write_table(pa.Table.from_pylist(list(items)), part)
+    results.write(paths["results"])
     figures = {}
     for number, (name, file, plot) in enumerate(drawable(results)):
         path = folder / "figures" / file

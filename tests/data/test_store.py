@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -9,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechdiff.data.manifest import SCHEMA, Contents, StoreIdentity, write_json
+from mechdiff.data import manifest
+from mechdiff.data.manifest import SCHEMA, Contents, StoreIdentity, checksum, write_json
 from mechdiff.data.store import POSITIONS, ActivationStore, decode, encode
 from mechdiff.errors import StoreError
 from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
@@ -174,6 +177,72 @@ def escape(folder: Path) -> None:
     edit(manifest, shards=shards)
 
 
+def other_run(folder: Path) -> None:
+    manifest = shard(folder).parent / "manifest.json"
+    shards = json.loads(manifest.read_text())["shards"]
+    shards[0]["xxh3"] = "0" * 16
+    edit(manifest, shards=shards)
+
+
+def forge(folder: Path, change: Callable[[h5py.File], None]) -> None:
+    """Change a shard, and have the manifest and the record vouch for it."""
+    path = shard(folder)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    manifest = path.parent / "manifest.json"
+    shards = json.loads(manifest.read_text())["shards"]
+    shards[0]["xxh3"] = checksum(path)
+    edit(manifest, shards=shards)
+    edit(path.with_suffix(".json"), xxh3=checksum(path))
+
+
+def replace_by(file: h5py.File, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    values = change(file[name][:])
+    del file[name]
+    file[name] = values
+
+
+def virtual(file: h5py.File) -> None:
+    """Put a column together from a file that is not there: HDF5 reads zeros."""
+    layout = h5py.VirtualLayout(file["rows/example"].shape, np.int32)
+    layout[:] = h5py.VirtualSource("gone.h5", "x", file["rows/example"].shape)
+    del file["rows/example"]
+    file.create_virtual_dataset("rows/example", layout, fillvalue=0)
+    assert not file["rows/example"][:].any()
+
+
+def external(file: h5py.File) -> None:
+    """Have a column lie in another file."""
+    shape = file["rows/example"].shape
+    del file["rows/example"]
+    elsewhere = [("gone.bin", 0, h5py.h5f.UNLIMITED)]
+    file.create_dataset("rows/example", shape, np.int32, external=elsewhere)
+
+
+def linked(file: h5py.File) -> None:
+    """Link a column from a file beside it."""
+    beside = Path(file.filename).with_name("beside.h5")
+    with h5py.File(beside, "w") as other:
+        other["x"] = file["rows/example"][:]
+    del file["rows/example"]
+    file["rows/example"] = h5py.ExternalLink(beside.name, "x")
+
+
+def unwritten(file: h5py.File) -> None:
+    """Have a column that nothing was ever written to: HDF5 reads zeros."""
+    shape = file["rows/example"].shape
+    del file["rows/example"]
+    file.create_dataset("rows/example", shape, np.int32)
+    assert not file["rows/example"][:].any()
+
+
+def pieces(file: h5py.File) -> None:
+    """Store a column in pieces, of which one is never written."""
+    values = file["rows/example"][:]
+    del file["rows/example"]
+    file.create_dataset("rows/example", values.shape, np.int32, chunks=(8,))[8:] = values[8:]
+
+
 BROKEN = {
     "no folder": (shutil.rmtree, r"cannot read .*manifest.json: No such file .*mechdiff extract"),
     "no shard": (lambda f: shard(f).unlink(), r"shard-00000.h5 is missing"),
@@ -214,6 +283,23 @@ BROKEN = {
         lambda f: edit(shard(f).parent / "manifest.json", shards=[]),
         r"is not the manifest of a pass: it names no shard",
     ),
+    "pass of other sites": (
+        lambda f: edit(shard(f).parent / "manifest.json", sites={"resid_post.3": 32}),
+        r"manifest.json is that of another pass, pass-\w+; remove it",
+    ),
+    "manifest of another run": (
+        other_run,
+        r"shard-00000.h5 is damaged: manifest.json is that of another run",
+    ),
+    "other rows": (
+        lambda f: forge(f, lambda file: replace_by(file, "rows/offset", lambda old: old[:-1])),
+        r"shard-00000.h5 does not hold rows/offset whole, as \(\d+,\) numbers",
+    ),
+    "virtual": (lambda f: forge(f, virtual), r"shard-00000.h5 does not hold rows/example whole"),
+    "external": (lambda f: forge(f, external), r"shard-00000.h5 does not hold rows/example whole"),
+    "linked": (lambda f: forge(f, linked), r"shard-00000.h5 does not hold rows/example whole"),
+    "never written": (lambda f: forge(f, unwritten), r"shard-00000.h5 does not hold rows/example whole"),
+    "in pieces": (lambda f: forge(f, pieces), r"shard-00000.h5 does not hold rows/example whole"),
     "odd site": (
         lambda f: edit(shard(f).parent / "manifest.json", sites={"x": 1}),
         r"is not the manifest of a pass: unknown site 'x'",
@@ -228,6 +314,25 @@ def test_what_is_broken_is_named(copy, case):
     with pytest.raises(StoreError, match=message) as caught:
         ActivationStore.open(copy)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_read_for_its_checksum_once_and_again_after_a_change(copy, monkeypatch):
+    for path in copy.rglob("*.h5"):
+        os.utime(path, (0, 0))  # what has just been written is not trusted to show a change
+    counted: list[Path] = []
+    monkeypatch.setattr(manifest, "checksum", lambda path: counted.append(path) or checksum(path))
+    store = ActivationStore.open(copy)
+    assert sorted(counted) == sorted(copy.rglob("*.h5"))
+    ActivationStore.open(copy)
+    store.read("resid_post.1")
+    assert len(counted) == len(list(copy.rglob("*.h5")))
+    victim = shard(copy)
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    os.utime(victim, (0, 0))  # the time of the change gives it away
+    site = next(site for site in store.sites if store._pass(site).folder == victim.parent)
+    with pytest.raises(StoreError, match=r"shard-00000.h5 is damaged"):
+        store.read(site)
 
 
 def test_passes_with_other_rows(copy, tmp_path):

@@ -1,6 +1,7 @@
-"""One extraction, as a script: `python -m tests.extraction.job ROOT DEVICES [BATCHES]`.
+"""One extraction, as a script: `python -m tests.extraction.job ROOT DEVICES [BATCHES [SHARD]]`.
 
-With a number of batches it kills itself, without warning, after as many.
+With a number of batches it kills itself, without warning, after as many. A shard is lost afterwards, and the
+same processes extract again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import lightning as L
 import torch
 
 from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
+from mechdiff.extraction.lock import first
 from tests.toys import loaded, prompts
 
 SITES = ["resid_post.1", "head_z.2"]
@@ -32,7 +34,7 @@ class Killer(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(root: str, devices: str, batches: str = "0") -> None:
+def main(root: str, devices: str, batches: str = "0", shard: str = "") -> None:
     torch.set_num_threads(1)
     options = {"accelerator": "cpu", "devices": int(devices), "enable_progress_bar": False}
     if int(devices) > 1:
@@ -40,6 +42,11 @@ def main(root: str, devices: str, batches: str = "0") -> None:
     options["callbacks"] = [Killer(int(batches))]
     store = ensure_store(loaded(), prompts(), SITES, spec(root), trainer_kwargs=options)
     assert [str(site) for site in store.sites] == SITES
+    if shard:
+        if first():
+            next(store.folder.rglob(shard)).unlink()
+        torch.distributed.barrier()
+        ensure_store(loaded(), prompts(), SITES, spec(root), trainer_kwargs=options)
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ def run(*args: object) -> subprocess.CompletedProcess:
     )
 
 
-def test_two_processes_write_what_one_writes(whole, tmp_path):
-    done = run(tmp_path, 2)
+def test_two_processes_write_what_one_writes_and_a_lost_shard_again(whole, tmp_path):
+    done = run(tmp_path, 2, 0, "shard-00001.h5")  # for which one of them has nothing to do
     assert done.returncode == 0, done.stderr
     assert "Starting with 2 processes" in done.stderr
     assert shards(tmp_path) == shards(whole)

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import mechdiff
+from mechdiff.files import write_text
 from mechdiff.reporting.figures import drawable
 from mechdiff.reporting.report import handle, heads, limits, maps, setup, summary, where
 from mechdiff.reporting.report.content import Citations, Number, Section, Text, describe, interval, shown
@@ -63,7 +64,7 @@ def write_report(places: Sequence[str | Path], out: str | Path, figures: bool = 
     for name in NAMES:
         path = Path(out) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(environment.get_template(name).render(context), encoding="utf-8")
+        write_text(path, environment.get_template(name).render(context))
         written.append(path)
     return written
 
