@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 import mechdiff
-from mechdiff.errors import in_one_line
+from mechdiff.errors import cut, in_one_line, without_secrets
 
 VERBS = {
     "extract": "extract the activations that a configuration needs, on any number of devices, and stop",
@@ -39,7 +39,8 @@ def main(args: list[str] | None = None) -> int:
         print(f"complete -o default -W '{' '.join(VERBS)}' mechdiff")
         return 0
     if args[0] not in VERBS:
-        print(f"mechdiff: unknown command {args[0]!r}; allowed: {', '.join(VERBS)}", file=sys.stderr)
+        told = f"unknown command {cut(args[0])}; allowed: {', '.join(VERBS)}"
+        print(f"mechdiff: {without_secrets(told)}", file=sys.stderr)
         return 2
     return int(import_module(f"mechdiff.commands.{args[0]}").main(args[1:]))
 

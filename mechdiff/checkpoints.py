@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterable, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from importlib import import_module
+from inspect import signature
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mechdiff.data.store import ActivationStore
-from mechdiff.errors import CheckpointError
+from mechdiff.errors import CheckpointError, cut
 from mechdiff.files import whole
 from mechdiff.interventions.sites import Site
 
@@ -44,6 +46,8 @@ class WholeFiles(TorchCheckpointIO):
 def read(path: str) -> dict[str, Any]:
     """Return what a checkpoint says of itself: class, settings and the stores that it was fitted to.
 
+    Only weights are read: a pickled object of any other kind is refused, and nothing of it runs.
+
     Raises:
         CheckpointError: If it is missing or not a checkpoint of this library.
     """
@@ -53,34 +57,48 @@ def read(path: str) -> dict[str, Any]:
         body = torch.load(path, map_location="meta", weights_only=True, mmap=True)
         settings = dict(body["hyper_parameters"])
         settings.pop("_instantiator", None)
+        stores = body.get("callbacks", {}).get(STORES)
         return {
-            "class_path": settings.pop("_class_path"),
+            "class_path": "" + settings.pop("_class_path"),
             "settings": settings,
-            "stores": body.get("callbacks", {}).get(STORES),
+            "stores": None if stores is None else {str(role): str(key) for role, key in stores.items()},
         }
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except Exception as error:  # the reader of weights names no class for what is not one of its files
         raise CheckpointError(f"{path} is not a checkpoint written by a fit (key: ckpt_path)") from error
 
 
-def check_class(path: str, stored: Mapping[str, Any], model: Namespace) -> None:
-    """Refuse a checkpoint of another class.
+@contextmanager
+def parsed(path: str | None) -> Iterator[None]:
+    """Tell in one line that the settings of a checkpoint cannot be parsed.
 
     Raises:
-        CheckpointError: If it is.
+        CheckpointError: If so.
     """
-    wrote, wanted = (name.rpartition(".")[2] for name in (stored["class_path"], model.class_path))
-    if wrote != wanted:
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    except SystemExit as left:
+        said = f"{path} has settings that its class does not take (key: ckpt_path)"
+        raise CheckpointError(said) from left
+
+
+def check_class(path: str, stored: Mapping[str, Any], model: Namespace) -> None:
+    """Refuse a checkpoint of another class, or of one of another package: it would be imported.
+
+    Raises:
+        CheckpointError: If it is, or has settings that the class does not take.
+    """
+    names = (stored["class_path"], model.class_path)
+    (home, wrote), (own, wanted) = ((n.partition(".")[0], n.rpartition(".")[2]) for n in names)
+    if (home, wrote) != (own, wanted):
+        other = wrote if wrote != wanted else stored["class_path"]
         raise CheckpointError(
-            f"{path} was written by {wrote}; allowed: a checkpoint of {wanted} (key: ckpt_path)"
+            f"{path} was written by {cut(other)[1:-1]}; allowed: a checkpoint of {wanted} (key: ckpt_path)"
         )
+    module = import_module(model.class_path.rpartition(".")[0])
+    if unknown := set(stored["settings"]) - set(signature(getattr(module, wanted)).parameters):
+        found = cut(sorted(map(str, unknown)))
+        raise CheckpointError(f"{path} has settings {found}; {wanted} takes none such (key: ckpt_path)")
 
 
 def overridden(stored: Mapping[str, Any], model: Namespace, defaults: Mapping[str, Any]) -> Iterable[str]:
@@ -98,7 +116,7 @@ def check_sites(path: str, stored: Mapping[str, Any], sites: Sequence[Site], sou
         CheckpointError: If it is.
     """
     for key, wanted in (("sites", sites), ("source_sites", sources)):
-        kept = list(stored["settings"].get(key) or stored["settings"]["sites"])
+        kept = list(map(str, stored["settings"].get(key) or stored["settings"].get("sites") or ()))
         if kept != list(map(str, wanted)):
             names = ", ".join(map(str, wanted))
             raise CheckpointError(

@@ -22,19 +22,19 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
-from mechdiff import checkpoints, costs, prepare
+from mechdiff import checkpoints, costs, prepare, rehearsal
 from mechdiff.callbacks import CausalEvaluation, CausalLoss
 from mechdiff.callbacks.graded import read_openings
 from mechdiff.config import SEED
 from mechdiff.data.activations import ActivationPairs
 from mechdiff.data.prompts import for_domain, load_prompts
-from mechdiff.errors import CheckpointError, ConfigError, UsageError, in_one_line
+from mechdiff.errors import CheckpointError, UsageError, in_one_line
 from mechdiff.extraction.extractor import ExtractionSpec
 from mechdiff.extraction.spec import width
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.modules import DiffModule
 from mechdiff.pairs.loading import load_pair
-from mechdiff.pairs.spec import PairSpec
+from mechdiff.pairs.spec import MAY_READ, PairSpec
 from mechdiff.parser import OneLineParser, ends_when_told, quiet, replace_whole_pairs
 from mechdiff.provenance import provenance
 from mechdiff.reporting.run import write_run
@@ -105,6 +105,8 @@ class MechdiffCLI(LightningCLI):
         pair_help = "The two models: a YAML file, or --pair.tuned.id and so on."
         parser.add_argument("--pair", type=PairSpec, help=pair_help)
         replace_whole_pairs(parser)
+        read_help = "Folder outside its own that a pair file may name; on the command line only."
+        parser.add_argument(MAY_READ, type=str | None, default=None, help=read_help)
         layers_help = "Layers or sites; fallback, stride, from_rq1; or the results.json of an rq1 run."
         parser.add_argument("--layers", type=list[int | str] | str, default="fallback", help=layers_help)
         parser.add_argument("--dry-run", action="store_true", help=costs.ABOUT)
@@ -116,6 +118,7 @@ class MechdiffCLI(LightningCLI):
         """Parse with the verb put first; make paths absolute; read what the checkpoint says of itself."""
         OneLineParser.typed = list(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args([self.verb, *OneLineParser.typed])
+        rehearsal.keep_safe(self.cfg, OneLineParser.typed)
         prepare.make_absolute(self.cfg)
         path = self.cfg.get("ckpt_path")
         if path == "last":
@@ -129,6 +132,11 @@ class MechdiffCLI(LightningCLI):
             newest = checkpoints.newest(self.cfg.trainer.logger)
             hint = f"the newest of this configuration is {newest}" if newest else "run train.py with it first"
             raise CheckpointError(f"a test needs a fit; pass --ckpt_path; {hint} (key: ckpt_path)")
+
+    def _parse_ckpt_path(self) -> None:
+        """Let the settings of the checkpoint count."""
+        with checkpoints.parsed(self.cfg.get("ckpt_path")):
+            super()._parse_ckpt_path()
 
     # --- before anything is built -----------------------------------------------------------------------
 
@@ -161,10 +169,8 @@ class MechdiffCLI(LightningCLI):
         elsewhere = trainer.logger in (False, []) or SLURMEnvironment.detect()
         if self.fast or (elsewhere and trainer.default_root_dir is None):
             trainer.default_root_dir = self._scratch.name
-        if cfg.weights_only is None:
-            cfg.weights_only = True
         self._settle_seed()
-        spec = prepare.pair_spec(cfg.get("pair"))
+        spec = prepare.pair_spec(cfg.get("pair"), OneLineParser.typed)
         prompts = for_domain(load_prompts(spec.prompts), spec.domain)
         self.prompts = prepare.few(prompts) if self.fast else prompts
         if spec.openings:
@@ -175,7 +181,8 @@ class MechdiffCLI(LightningCLI):
         if self.fast:
             extraction = replace(extraction, root=self._scratch.name)
             data.tokens = None
-        asked = prepare.parse_layers(cfg.layers)  # a mistake shows before a model is loaded
+        asked = prepare.parse_layers(cfg.layers)  # mistakes show before a model is loaded
+        self.check_run(rehearsal.rehearse(cfg, spec, self.prompts, asked, sources))
         self.pair = load_pair(spec, prepare.device(trainer))
         self.given, self.prompts = len(self.prompts), prepare.fitting(self.prompts, self.pair)
         if cfg.layers == prepare.FROM_RQ1:
@@ -206,6 +213,10 @@ class MechdiffCLI(LightningCLI):
         for role, store in self.stores.items():
             data[role] = str(store.folder)
 
+    def check_run(self, module: DiffModule) -> None:
+        """Refuse a verb, or processes, that the module has no use for."""
+        rehearsal.check_run(self.verb, module, self.cfg.trainer)
+
     def extraction_trainer(self) -> dict[str, Any]:
         """Return options of the trainer that extracts: one device when extraction is only a step of a fit."""
         shown = self.cfg.trainer.enable_progress_bar
@@ -214,20 +225,18 @@ class MechdiffCLI(LightningCLI):
     def _settle_seed(self) -> None:
         """Let one seed rule a run: classes whose own was not set follow it."""
         seed = self.cfg.seed_everything
-        if isinstance(seed, bool) or not 0 <= seed < 2**32:
-            raise ConfigError(f"seed_everything is {seed}; allowed: a whole number from 0 to 2**32 - 1")
         for part in (self.cfg.data.init_args, self.cfg.model.init_args):
             if part.get("seed") == SEED:
                 part.seed = seed
 
     def _try_out(self, sources: Sequence[Site], sites: Sequence[Site]) -> None:
-        prepare.try_out(self.cfg.data)
+        rehearsal.try_out(self.cfg.data)
         widths = {
             "d_source": {width(self.pair.base, site) for site in sources},
             "d_target": {width(self.pair.tuned, site) for site in sites},
         }
         if all(len(found) == 1 for found in widths.values()):  # else the data say what is wrong
-            prepare.try_out(self.cfg.model, **{name: next(iter(found)) for name, found in widths.items()})
+            rehearsal.try_out(self.cfg.model, **{name: next(iter(found)) for name, found in widths.items()})
 
     def _warn_of_overridden(self, path: str, defaults: Mapping[str, Any]) -> None:
         assert self._stored is not None
@@ -238,15 +247,6 @@ class MechdiffCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Connect the evaluations; find mistakes in the data before anything is written."""
-        if self.verb == "fit" and not self.model.needs_fit:
-            name = type(self.model).__name__
-            raise ConfigError(f"{name} has nothing to fit; run evaluate.py with it (key: model.class_path)")
-        processes = self.trainer.world_size
-        trained = any(parameter.requires_grad for parameter in self.model.parameters())
-        if processes > 1 and (self.verb == "test" or not trained):
-            what = "a test" if self.verb == "test" else "a closed form"
-            hint = "only extraction and what is trained can use more (key: trainer.devices)"
-            raise ConfigError(f"{processes} processes are asked for; {what} runs in 1: {hint}")
         seed = self.cfg.seed_everything
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CausalEvaluation | CausalLoss):

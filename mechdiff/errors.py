@@ -1,14 +1,15 @@
 """What a user can get wrong, one class per kind.
 
 Every message is one line that names the value, the allowed range and the configuration key. The command line
-prints that line and exits with code 2.
+prints that line and exits with code 2. A token of a hub or of a service is never part of one.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import ParamSpec
 
@@ -17,6 +18,12 @@ from mechdiff.files import blocked
 REFUSED, INTERRUPTED = 2, 130
 """Exit codes: of what a user's mistake or a full disk ends, and after Ctrl-C, as a shell has it."""
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+_TOKEN = re.compile(r"\b(?:hf_|gh[opsu]_|github_pat_|sk-)[A-Za-z0-9_-]{16,}")
+_KEPT_IN = re.compile(r"(?:TOKEN|SECRET|PASSWORD|API_?KEY)$")
+_LEAST = 12
+"""Characters of a variable that is taken for a secret; shorter ones are switches."""
+_LONGEST, LONGEST_LINE = 240, 1000
+"""Characters of what another library says, and of a line about a command line."""
 P = ParamSpec("P")
 
 
@@ -49,7 +56,7 @@ def in_one_line(verb: Callable[P, int]) -> Callable[P, int]:
                 INTERRUPTED,
             )
         if not any(int(os.environ.get(name) or 0) for name in _RANKS):
-            print(f"mechdiff: {said}", file=sys.stderr)
+            print(f"mechdiff: {without_secrets(said)}", file=sys.stderr)
         return code
 
     return run
@@ -57,6 +64,9 @@ def in_one_line(verb: Callable[P, int]) -> Callable[P, int]:
 
 class UsageError(ValueError):
     """A mistake in what the user asked for; never a fault of this library."""
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
 
 
 class ConfigError(UsageError):
@@ -97,3 +107,51 @@ class CheckpointError(UsageError):
 
 class HandleError(UsageError):
     """A handle cannot be exported, or its file is missing, malformed or made for another model."""
+
+
+def cut(value: object, most: int = 60) -> str:
+    """Write a value for a message: on one line, and no longer than that needs."""
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def told(error: BaseException) -> str:
+    """Write what another library says of a mistake, on one line; the kind of error where that is needed."""
+    kind = "" if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: "
+    return printable(f"{kind}{error}").rstrip(": ")
+
+
+def printable(text: str, most: int = _LONGEST) -> str:
+    """Put a text on one line that a terminal only prints."""
+    text = " ".join(text[: 4 * most].split())
+    text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def without_secrets(text: str) -> str:
+    """Blank what looks like a token, and whatever the environment keeps as one."""
+    for secret in _secrets():
+        text = text.replace(secret, "***")
+    return _TOKEN.sub("***", text)
+
+
+def refuse_secrets(words: Iterable[str]) -> None:
+    """Refuse a token where it would be stored with the configuration of a run.
+
+    Args:
+        words: A command line, or the text of a configuration.
+
+    Raises:
+        ConfigError: If there is one; it is not repeated.
+    """
+    for word in words:
+        if without_secrets(word) != word:
+            option = without_secrets(word.partition("=")[0]) if word.startswith("--") else "the configuration"
+            raise ConfigError(
+                f"{option} holds a token, which would be kept with the run; use `hf auth login`"
+            )
+
+
+def _secrets() -> list[str]:
+    named = [value for name, value in os.environ.items() if _KEPT_IN.search(name)]
+    return sorted((value for value in named if len(value) >= _LEAST), key=len, reverse=True)

@@ -19,6 +19,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
+from mechdiff.errors import LONGEST_LINE, cut, printable, without_secrets
 from mechdiff.pairs.spec import PairSpec
 
 _KEY = re.compile(r"(?:[kK]ey \"|option ')([\w.]+)")
@@ -45,9 +46,21 @@ class OneLineParser(LightningArgumentParser):
     typed: Sequence[str] = ()
     """The command line, to name an option as it was typed."""
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse; files that are no text, or without an end, are mistakes of the user as well."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            at = f"byte {error.start} of {cut(error.object)}"
+            self.error(f"a configuration or pair file is not UTF-8: {at}")
+        except RecursionError:
+            self.error("a configuration or pair file is nested too deeply")
+        raise AssertionError("an error ends the process")
+
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Print the message and exit with code 2."""
-        print(f"mechdiff: {shorten(message, type(self).typed)}", file=sys.stderr)
+        line = without_secrets(shorten(message, type(self).typed))
+        print(f"mechdiff: {printable(line, LONGEST_LINE)}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -63,6 +76,8 @@ def shorten(message: str, typed: Sequence[str] = ()) -> str:
         return f"unknown key {_full(unknown[1] or unknown[2], typed)}; --help lists the known ones"
     if message.startswith("unrecognized arguments"):
         return f"unknown argument {message.partition(': ')[2]}; --help lists the known ones"
+    if "Unexpected config" in message:
+        return "a configuration holds no mapping of keys to values (key: config)"
     keys = _KEY.findall(message)
     key = f" (key: {_full(keys[-1], typed)})" if keys else ""
     imported = _CLASS.search(message)
@@ -71,7 +86,7 @@ def shorten(message: str, typed: Sequence[str] = ()) -> str:
     given, wanted, file = _GIVEN.search(message), _WANTED.findall(message), _FILE.search(message)
     if given and wanted:
         allowed = [name for name in dict.fromkeys(map(_readable, wanted)) if name]
-        return f"{given[1]!r} is given; allowed: {', '.join(allowed)}{key}"
+        return f"{cut(given[1])} is given; allowed: {', '.join(allowed)}{key}"
     if file and not Path(file[1]).is_file():
         return f"no such file: {file[1]}; expected a YAML file{key}"
     places = _PLACE.findall(message)
@@ -79,9 +94,12 @@ def shorten(message: str, typed: Sequence[str] = ()) -> str:
         reason = [line for line in message.splitlines() if line.strip() and not _PLACE.match(line)][-1]
         what = f"{file[1]}: " if file else ""
         return f"{what}not YAML: {reason.strip()} at {places[-1]}{key}"
-    if file and set(map(str.strip, message.splitlines()[2:])) <= {
-        f'- Parser key "{keys[-1]}": {_unable(file[1])}'
-    }:
+    if (
+        file
+        and keys
+        and set(map(str.strip, message.splitlines()[2:]))
+        <= {f'- Parser key "{keys[-1]}": {_unable(file[1])}'}
+    ):
         return f"{file[1]} holds no mapping of keys to values{key}"
     said = [line.strip(" -\t") for line in message.splitlines() if not _FILE.search(line)]
     return (

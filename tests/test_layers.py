@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "checkpoints": {"data.store", "interventions.sites"},  # what a checkpoint says of itself
     "prepare": {"pairs", "data", "extraction", "interventions.sites"},  # what a run needs before it is built
     "costs": {"prepare", "pairs", "data", "extraction", "interventions"},  # what a run would cost
+    "rehearsal": {"prepare", "pairs", "data.prompts", "interventions.sites"},  # what is wrong with it
     "study": {"prepare", "parser", "pairs.spec", "reporting.report"},  # what a study consists of
     "contrasts": {"functional", "reporting.report"},  # numbers that compare its pairs
     "calibration": ALL - {"cli", "__main__"},  # tries everything out

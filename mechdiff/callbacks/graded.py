@@ -9,7 +9,6 @@ Nothing is generated, so small changes show long before an answer turns.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mechdiff.data.lines import parse, trap
 from mechdiff.data.prompts import Prompt
-from mechdiff.errors import PromptError
+from mechdiff.errors import PromptError, cut, told
 from mechdiff.functional.metrics import logodds
 
 Openings = tuple[list[str], list[str]]  # refusing, complying
@@ -76,24 +76,33 @@ def read_openings(path: Path) -> dict[str, Openings]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise PromptError(f"cannot read {path}: {error.strerror} (key: pair.openings)") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path} is not UTF-8: byte {error.start} (key: pair.openings)") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            found[row["lang"]][row["kind"]].append(row["text"].strip() and row["text"])
+            row = parse(line)
+            text, lang = row["text"], row["lang"]
+            if not isinstance(lang, str):
+                raise TypeError(f"lang is {cut(lang)}")
+            found[lang][row["kind"]].append(text.strip() and text)
+            wrong = trap(text)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             wanted = "expected lang, kind (refuse or comply) and text"
-            raise PromptError(f"{path}:{number}: {wanted}: {error} (key: pair.openings)") from error
+            raise PromptError(f"{path}:{number}: {wanted}: {told(error)} (key: pair.openings)") from error
+        if wrong:
+            raise PromptError(f"{path}:{number}: text {wrong} (key: pair.openings)")
     for lang, kinds in found.items():
         if not all(texts and all(texts) for texts in kinds.values()):
             raise PromptError(
-                f"{path} needs openings of both kinds, refuse and comply, for {lang!r} (key: pair.openings)"
+                f"{path} needs openings of both kinds, refuse and comply, for {cut(lang)} "
+                "(key: pair.openings)"
             )
         counts = {kind: len(texts) for kind, texts in kinds.items()}
         if len(set(counts.values())) > 1 or min(counts.values()) < MIN_OPENINGS:
             raise PromptError(
                 f"{path} has {counts['refuse']} refusing and {counts['comply']} complying openings "
-                f"for {lang!r}; allowed: as many of both, {MIN_OPENINGS} or more (key: pair.openings)"
+                f"for {cut(lang)}; allowed: as many of both, {MIN_OPENINGS} or more (key: pair.openings)"
             )
     return {lang: (kinds["refuse"], kinds["comply"]) for lang, kinds in found.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import platform
 import re
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import mechdiff
 from mechdiff.commands.options import Options
-from mechdiff.errors import ConfigError, UsageError
+from mechdiff.errors import ConfigError, UsageError, told
 
 if TYPE_CHECKING:
     from mechdiff.pairs.spec import PairSpec
@@ -37,6 +37,8 @@ def parser() -> Options:
     found.add_argument("--pair", nargs="+", action="extend", type=Path, metavar="FILE", help=pair_help)
     config_help = "configuration for which the disk is reckoned; by default that of a run without any"
     found.add_argument("--config", type=Path, metavar="FILE", help=config_help)
+    read_help = "folder outside its own that a pair file may name"
+    found.add_argument("--may_read", action="append", default=[], metavar="DIR", help=read_help)
     found.add_argument("--stores", type=Path, default=Path("stores"), metavar="DIR", help="default: stores")
     return found
 
@@ -57,7 +59,7 @@ def main(args: Sequence[str]) -> int:
     for title, lines in stores or (
         ("installed", _installed(wrong)),
         ("devices", _devices()),
-        ("pairs", _pairs(pairs, bool(given.pair), given.stores, kept, wrong)),
+        ("pairs", _pairs(pairs, given, kept, wrong)),
         ("stores", _stores(given.stores, wrong)),
     ):
         for number, line in enumerate(lines):
@@ -111,8 +113,9 @@ def _kept(config: Path | None) -> Kept:
         sources = (data.get("init_args") or {}).get("source_sites")
         found = Kept(config.stem, body.get("layers", "fallback"), sources, **about, stored=stored)
     except (OSError, yaml.YAMLError, AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{config} is not a configuration of a run: {reason} (key: --config)") from error
+        raise ConfigError(
+            f"{config} is not a configuration of a run: {told(error)} (key: --config)"
+        ) from error
     if found.dtype not in BYTES or found.positions not in ("all", "user", "last"):
         raise ConfigError(f"{config} keeps {found.positions} rows as {found.dtype}; see ExtractionSpec")
     return found
@@ -146,18 +149,19 @@ def _devices() -> Iterator[str]:
         yield "mps"
 
 
-def _pairs(files: Sequence[Path], asked: bool, stores: Path, kept: Kept, wrong: list[str]) -> Iterator[str]:
+def _pairs(files: Sequence[Path], given: argparse.Namespace, kept: Kept, wrong: list[str]) -> Iterator[str]:
     """Tell of each pair whether its models are here, and whether its stores will fit.
 
     A pair that the user did not name may lack its models: the shipped ones need gated weights.
     """
     from mechdiff.study import read_pair
 
+    stores, typed = given.stores, [f"--may_read={folder}" for folder in given.may_read]
     if not files:
         yield "none: no pair file is given, and there is no folder configs/pairs here"
     for file in files:
         try:
-            spec = read_pair(file)
+            spec = read_pair(file, typed)
         except UsageError as error:
             wrong.append(f"{file}: {error}")
             continue
@@ -174,7 +178,7 @@ def _pairs(files: Sequence[Path], asked: bool, stores: Path, kept: Kept, wrong: 
         disk = "" if need is None else f"; its stores need at most {need / GIB:.2f} GiB ({what})"
         said = f"{', '.join(lacking)} not here" if lacking else "all models are here"
         yield f"{spec.name}: {said}{disk}"
-        if asked:
+        if given.pair:
             wrong += [f"{spec.name}: {reason}" for reason in lacking.values()]
         free = shutil.disk_usage(_existing(stores)).free
         if need is not None and need > free:
@@ -235,7 +239,7 @@ def _needed(spec: PairSpec, kept: Kept) -> tuple[int, str] | None:
 
 def _shape(spec: PairSpec) -> tuple[int, int, int] | None:
     """Return width, depth and heads of base, None if its configuration is not here yet."""
-    from mechdiff.pairs.sources import cache_folder, in_reach
+    from mechdiff.pairs.sources import cache_folder, in_reach, shape
 
     try:
         place = in_reach(spec.base, "pair.base.id")
@@ -243,13 +247,7 @@ def _shape(spec: PairSpec) -> tuple[int, int, int] | None:
         return None
     made = cache_folder() / "models"
     files = [place / "config.json"] if place.is_dir() else sorted(made.glob(f"{place.stem}-*/config.json"))
-    if not (files and files[0].is_file()):
-        return None
-    about = json.loads(files[0].read_text(encoding="utf-8"))
-    about = about.get("text_config", about)
-    names = (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"))
-    width, depth, heads = (next((int(about[n]) for n in either if n in about), 0) for either in names)
-    return (width, depth, heads) if width and depth and heads else None
+    return shape(files[0], "pair.base.id") if files and files[0].is_file() else None
 
 
 def _stores(folder: Path, wrong: list[str]) -> Iterator[str]:

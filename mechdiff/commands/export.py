@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
+from mechdiff.errors import LONGEST_LINE, printable, without_secrets
+
 
 def export(
     run: str,
@@ -53,7 +55,8 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         from mechdiff.parser import shorten
 
-        print(f"mechdiff: {shorten(message)}", file=sys.stderr)
+        line = printable(without_secrets(shorten(message)), LONGEST_LINE)
+        print(f"mechdiff: {line}", file=sys.stderr)
         raise SystemExit(2)
 
 

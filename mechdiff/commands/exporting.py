@@ -13,7 +13,7 @@ import torch
 
 from mechdiff import checkpoints, modules
 from mechdiff.callbacks.handle_evaluation import CHOSEN
-from mechdiff.errors import CheckpointError, ConfigError, FitError, HandleError, PairError
+from mechdiff.errors import CheckpointError, ConfigError, FitError, HandleError, PairError, told
 from mechdiff.handles.control_vector import write_control_vector
 from mechdiff.handles.files import NEEDS, ROLES, Handle, Manifest, check_kind, write
 from mechdiff.handles.identity import weights_hash
@@ -37,6 +37,7 @@ def write_out(
         raise ConfigError(f"out is {out}; allowed: a file that ends in {' or '.join(SUFFIXES)} (key: out)")
     folder, checkpoint = _find(run, results)
     table = Results.read(results or folder / "results.json")
+    _check_origin(table, str(results or folder / "results.json"))
     cell = choose(table, asked)
     module = _fit(checkpoint, table)
     handle, model = build(module, table, cell, positions)
@@ -142,6 +143,24 @@ def build(
     return Handle(manifest, known), model
 
 
+def _check_origin(table: Results, path: str) -> None:
+    """Refuse a table that does not say of which models it is.
+
+    Raises:
+        ConfigError: If so.
+    """
+    origin = table.provenance
+    try:
+        for role in ("base", "tuned"):
+            ModelSpec(**origin["pair"][role])
+            origin["models"][role]["weights"]
+        _ = [origin["pair"]["name"], *(origin[key] for key in ("seed", "dtype", "mechdiff", "commit"))]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} does not say of which models it is: {told(error)} (key: results)"
+        ) from error
+
+
 def _agrees(record: Record, asked: Mapping[str, Any]) -> bool:
     own = {"edit": record.params.get("edit"), "site": record.site, "solver": record.params.get("solver")}
     return all(asked[name] in (None, value) for name, value in own.items())
@@ -183,8 +202,11 @@ def _fit(path: Path, table: Results) -> Subspaces:
         raise CheckpointError(
             f"{path} was fitted to other activations than the results are of (key: results)"
         )
-    module = kind(**stored["settings"])
-    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    try:
+        module = kind(**stored["settings"])
+        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} holds no whole {name}: {told(error)} (key: run)") from error
     if not module.fitted:
         raise CheckpointError(f"{path} holds a subspace that has not been fitted (key: run)")
     return module

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from mechdiff.cli import MechdiffCLI
 from mechdiff.cli import main as run
+from mechdiff.modules import DiffModule
 
 PASSED_ON = ("accelerator", "devices", "strategy", "num_nodes")
 
@@ -21,6 +22,9 @@ class ExtractCLI(MechdiffCLI):
         """Use the trainer options of the configuration."""
         chosen = {name: self.cfg.trainer[name] for name in PASSED_ON}
         return super().extraction_trainer() | {k: v for k, v in chosen.items() if v is not None}
+
+    def check_run(self, module: DiffModule) -> None:
+        """Refuse nothing: whatever uses the stores, extraction can use every process."""
 
     def instantiate_classes(self) -> None:
         """Build nothing."""

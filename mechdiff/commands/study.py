@@ -14,7 +14,7 @@ from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextCol
 from rich.text import Text
 
 from mechdiff.commands.options import Options
-from mechdiff.errors import INTERRUPTED, REFUSED, ConfigError
+from mechdiff.errors import INTERRUPTED, REFUSED, ConfigError, refuse_secrets
 
 if TYPE_CHECKING:
     from mechdiff.study import Step
@@ -63,6 +63,7 @@ def main(args: Sequence[str]) -> int:
     Args:
         args: Command line after the verb.
     """
+    refuse_secrets(args)  # the options of a study are kept with it
     return _study(*parser().parse_known_args(args))
 
 
@@ -86,9 +87,9 @@ def _study(given: argparse.Namespace, more: Sequence[str]) -> int:
     from mechdiff.reporting.report.runs import read_study
     from mechdiff.study import claim, plan, read_pair
 
-    names = [read_pair(path).name for path in given.pair]
+    names = [read_pair(path, more).name for path in given.pair]
     out = (given.out or Path("runs") / "_".join(["study", *names])).resolve()
-    steps, without = plan(given.pair, asked, out, given.configs, given.quick)
+    steps, without = plan(given.pair, asked, out, given.configs, given.quick, more)
     if not steps:
         raise ConfigError(f"nothing can be run: {'; '.join(without)} (key: --configs)")
     claim(out, given.pair, given.quick, more)

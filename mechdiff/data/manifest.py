@@ -5,7 +5,8 @@
    examples and the tokens of the template.
 2. Sites are extracted in passes, `pass-<sites>/shard-00000.h5` and so on. A pass exists once its own
    `manifest.json` does: widths, and rows and checksum of every shard. Without it the folder is ignored.
-3. Manifests are written whole or not at all, and name files of their own folder only.
+3. Manifests are written whole or not at all, and name files of their own folder only. Nothing in a store is
+   a symbolic link.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import xxhash
 
-from mechdiff.errors import StoreError
+from mechdiff.errors import StoreError, cut, told
 from mechdiff.files import write_text
 from mechdiff.interventions.sites import Site
 
@@ -101,11 +102,11 @@ class Contents:
         """
         body = read_json(folder / MANIFEST)
         try:
-            identity = StoreIdentity(**body["identity"])
-            examples = [Example(**example) for example in body["examples"]]
+            identity = StoreIdentity(**_texts(body["identity"]))
+            examples = [Example(**_texts(example)) for example in body["examples"]]
             prefix, suffix = ([bytes.fromhex(t) for t in body["template"][k]] for k in ("prefix", "suffix"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{folder / MANIFEST} is not the manifest of a store: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(f"{folder / MANIFEST} is not the manifest of a store: {told(error)}") from error
         return cls(identity, examples, prefix, suffix)
 
     def write(self, folder: Path) -> None:
@@ -135,8 +136,9 @@ class Shard:
         Raises:
             StoreError: If so, naming the file.
         """
-        path = folder / self.file
-        if not _SHARD.fullmatch(self.file) or path.is_symlink():
+        named = _SHARD.fullmatch(self.file)
+        path = folder / (self.file if named else cut(self.file)[1:-1])
+        if not named or path.is_symlink():
             raise StoreError(
                 f"{path} is not a shard: allowed are regular files shard-<5 digits>.h5 in the folder"
             )
@@ -204,14 +206,16 @@ class Pass:
         body = read_json(folder / MANIFEST)
         try:
             owner = body["key"]
-            widths = {Site.parse(name): int(width) for name, width in body["sites"].items()}
-            shards = [Shard(str(s["file"]), int(s["rows"]), str(s["xxh3"])) for s in body["shards"]]
-            if not shards or not widths:
-                raise ValueError("it names no shard or no site")
+            widths = {Site.parse(name): _count(width) for name, width in body["sites"].items()}
+            shards = [Shard(str(s["file"]), _count(s["rows"]), str(s["xxh3"])) for s in body["shards"]]
+            if not shards or len(widths) < max(1, len(body["sites"])):
+                raise ValueError("it names no shard or no site, or one twice")
+            if len({shard.file for shard in shards}) < len(shards):
+                raise ValueError("it names a shard twice")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StoreError(f"{folder / MANIFEST} is not the manifest of a pass: {error}") from error
+            raise StoreError(f"{folder / MANIFEST} is not the manifest of a pass: {told(error)}") from error
         if owner != key:
-            raise StoreError(f"{folder / MANIFEST} belongs to store {owner}, not to {key}")
+            raise StoreError(f"{folder / MANIFEST} belongs to store {cut(str(owner))[1:-1]}, not to {key}")
         if folder.name != cls.name(widths):
             raise StoreError(f"{folder / MANIFEST} is that of another pass, {cls.name(widths)}; remove it")
         return cls(folder, widths, shards)
@@ -243,9 +247,9 @@ def passes(folder: Path, key: str) -> list[Pass]:
     Raises:
         StoreError: If a manifest is malformed, or a pass is a link to somewhere else.
     """
-    found = [path.parent for path in sorted(folder.glob(f"pass-*/{MANIFEST}"))]
-    for link in filter(Path.is_symlink, found):
+    for link in filter(Path.is_symlink, sorted(folder.glob("pass-*"))):
         raise StoreError(f"{link} is a symbolic link; a store holds regular folders only")
+    found = [path.parent for path in sorted(folder.glob(f"pass-*/{MANIFEST}"))]
     return [Pass.read(path, key) for path in found]
 
 
@@ -259,19 +263,34 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object written by this library.
 
     Raises:
-        StoreError: If it is missing, not an object, or of a newer schema.
+        StoreError: If it is missing, a link, not an object, or of another schema.
     """
+    if path.is_symlink():
+        raise StoreError(f"{path} is a symbolic link; a store holds regular files only")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StoreError(
             f"cannot read {path}: {error.strerror}; expected a store made by `mechdiff extract`"
         ) from error
-    except ValueError as error:
-        raise StoreError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is not JSON: {told(error)}") from error
     if not isinstance(body, dict) or body.get("schema") != SCHEMA:
         raise StoreError(f"{path} is not of schema {SCHEMA}, the one that this version reads")
     return body
+
+
+def _texts(body: dict[str, Any]) -> dict[str, str]:
+    for name, value in body.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {cut(value)}, no text")
+    return body
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 1 <= value < 2**63:
+        raise ValueError(f"{cut(value)} is no count")
+    return value
 
 
 def write_json(path: Path, body: dict[str, Any]) -> None:

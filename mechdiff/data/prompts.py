@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from mechdiff.errors import PromptError
+from mechdiff.data.lines import parse, trap
+from mechdiff.errors import PromptError, cut
 
 Label = Literal["target", "neutral"]
 Split = Literal["fit", "train", "dev", "eval"]
@@ -46,6 +46,8 @@ class Prompt:
 _FIELDS = [f.name for f in fields(Prompt)]
 _OPTIONAL = ("twin", "answer")
 _REQUIRED = [name for name in _FIELDS if name not in _OPTIONAL]
+_READ = ("text", "answer")
+"""What a model reads; the others are names."""
 _CHOICES = {"label": get_args(Label), "split": get_args(Split)}
 
 
@@ -53,8 +55,8 @@ def load_prompts(paths: Sequence[str | Path]) -> list[Prompt]:
     """Read prompts from files, in order.
 
     Raises:
-        PromptError: If a file is missing, a line is malformed (file and number are named), or an id occurs
-            twice.
+        PromptError: If a file is missing, a line is malformed or holds letters that are not what they look
+            like (file and number are named), or an id occurs twice.
     """
     prompts = [prompt for path in paths for prompt in _read(Path(path))]
     for name, count in Counter(p.id for p in prompts).items():
@@ -104,6 +106,8 @@ def _read(path: Path) -> Iterable[Prompt]:
         raise PromptError(
             f"prompt file {path} is not UTF-8: byte {error.start} (key: pair.prompts)"
         ) from error
+    except ValueError as error:
+        raise PromptError(f"cannot read prompt file {cut(str(path))}: {error} (key: pair.prompts)") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -113,18 +117,21 @@ def _read(path: Path) -> Iterable[Prompt]:
 
 
 def _parse(line: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"not JSON: {error.msg} at column {error.colno}") from error
+    row = parse(line)
     if not isinstance(row, dict) or set(row) - set(_FIELDS) or set(_REQUIRED) - set(row):
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        found = cut(sorted(row), 200) if isinstance(row, dict) else type(row).__name__
         raise PromptError(
             f"keys must be {', '.join(_REQUIRED)} and optionally {' and '.join(_OPTIONAL)}; found {found}"
         )
     for name, value in row.items():
-        if not (isinstance(value, str) and value.strip()) and not (name in _OPTIONAL and value is None):
-            raise PromptError(f"{name} must be a non-empty string; found {value!r}")
+        if name in _OPTIONAL and value is None:
+            continue
+        if not (isinstance(value, str) and value.strip()):
+            raise PromptError(f"{name} must be a non-empty string; found {cut(value)}")
         if name in _CHOICES and value not in _CHOICES[name]:
-            raise PromptError(f"{name} must be one of {', '.join(_CHOICES[name])}; found {value!r}")
+            raise PromptError(f"{name} must be one of {', '.join(_CHOICES[name])}; found {cut(value)}")
+        if name not in _READ and not value.isprintable():
+            raise PromptError(f"{name} must be printable, on one line; found {cut(value)}")
+        if wrong := trap(value):
+            raise PromptError(f"{name} {wrong}; allowed: what it looks like, in form NFC")
     return Prompt(**row)

@@ -22,11 +22,15 @@ import torch
 from torch import Tensor
 
 from mechdiff.data.manifest import MANIFEST, Contents, Pass, Shard, StoreIdentity, passes
-from mechdiff.errors import StoreError
+from mechdiff.errors import StoreError, cut
 from mechdiff.interventions.sites import POSITIONS, SUFFIX, USER, Site
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _AT_ONCE = 1 << 19  # bytes that are read before they are put in their places
+KEPT = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+"""What each is on disk."""
+INTEGERS = tuple(map(np.dtype, (np.int8, np.int16, np.int32, np.int64)))
+"""Types of the columns that say where rows come from."""
 
 
 class Rows(NamedTuple):
@@ -63,6 +67,8 @@ class ActivationStore:
     def __init__(self, folder: Path, contents: Contents) -> None:
         self.folder, self.identity, self.examples = folder, contents.identity, contents.examples
         self.prefix, self.suffix = contents.prefix, contents.suffix
+        if self.identity.dtype not in DTYPES:
+            raise StoreError(f"{folder / MANIFEST} has dtype {cut(self.identity.dtype)}, which is not read")
         found = passes(folder, self.identity.key)
         if not found:
             raise StoreError(f"{folder} holds no complete pass; run `mechdiff extract`")
@@ -75,7 +81,9 @@ class ActivationStore:
                 raise StoreError(
                     f"{part.folder} and {found[0].folder} hold different rows; remove one of them"
                 )
-        if len(self) and int(self.rows.example.max()) >= len(self.examples):
+        if len(self) and not 0 <= int(self.rows.example.min()) <= int(self.rows.example.max()) < len(
+            self.examples
+        ):
             raise StoreError(f"{folder / MANIFEST} lists {len(self.examples)} examples; its rows name more")
 
     @classmethod
@@ -146,7 +154,8 @@ class ActivationStore:
             if not local.size:
                 continue
             with _opened(part, shard) as file:
-                begin = _array(file, f"sites/{name}", (shard.rows, out.shape[1])).id.get_offset()
+                data = _array(file, f"sites/{name}", (shard.rows, out.shape[1]), KEPT[self.identity.dtype])
+                begin = data.id.get_offset()
                 _gather(part.folder / shard.file, begin, local, places, out, self.identity.dtype)
         return torch.from_numpy(out)
 
@@ -195,7 +204,7 @@ def _gather(
     Raises:
         OSError: If the file ends before the array does.
     """
-    kind = np.dtype(np.uint16 if dtype == "bfloat16" else np.float32)
+    kind = KEPT[dtype]
     size = out.shape[1] * kind.itemsize
     some = np.empty((max(_AT_ONCE // size, 1), out.shape[1]), kind)
     with path.open("rb", buffering=0) as file:
@@ -216,12 +225,12 @@ def _opened(part: Pass, shard: Shard) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as file:
             yield file
-    except (OSError, KeyError) as error:
-        raise StoreError(f"cannot read {path}: {error}") from error
+    except (OSError, KeyError, RuntimeError) as error:
+        raise StoreError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
-def _array(file: h5py.File, name: str, shape: tuple[int, ...]) -> h5py.Dataset:
-    """Return an array that lies whole in its own file.
+def _array(file: h5py.File, name: str, shape: tuple[int, ...], *types: np.dtype) -> h5py.Dataset:
+    """Return an array of numbers of one of some types that lies whole in its own file.
 
     One that is put together from other files, or was never written, would read as zeros where they are gone.
     """
@@ -232,8 +241,10 @@ def _array(file: h5py.File, name: str, shape: tuple[int, ...]) -> h5py.Dataset:
         for place, key in ((file, group), (file[group], leaf))
     )
     plain = isinstance(data, h5py.Dataset) and not data.is_virtual and not data.external
+    plain = plain and data.dtype in types  # never objects
     if not (own and plain and data.shape == shape and data.chunks is None and data.id.get_offset()):
-        raise StoreError(f"{file.filename} does not hold {name} whole, as {shape} numbers; remove the file")
+        numbers = f"{shape} numbers of type {types[-1]}"
+        raise StoreError(f"{file.filename} does not hold {name} whole, as {numbers}; remove the file")
     return data
 
 
@@ -242,5 +253,6 @@ def _read_rows(part: Pass) -> Rows:
     for shard in part.shards:
         with _opened(part, shard) as file:
             for column, name in zip(columns, Rows._fields, strict=True):
-                column.append(_array(file, f"rows/{name}", (shard.rows,))[:].astype(np.int64))
+                data = _array(file, f"rows/{name}", (shard.rows,), *INTEGERS)
+                column.append(data[:].astype(np.int64))
     return Rows(*(torch.from_numpy(np.concatenate(column)) for column in columns))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mechdiff.errors import FitError, HandleError, SiteError
+from mechdiff.errors import FitError, HandleError, SiteError, cut
 from mechdiff.files import whole
 from mechdiff.functional.clt import AffineMap
 from mechdiff.functional.edits import Known, change, check_edit
@@ -32,6 +33,7 @@ FORMAT = "mechdiff.handle"
 VERSION = 1
 NEEDS = {"add": ("delta",), "mapped": ("map_weight", "map_bias"), "amplify": (), "ablate": ("neutral",)}
 """Kinds that can be written, and the tensors that each needs beside its basis."""
+PARTS = {"basis", *(name for names in NEEDS.values() for name in names)}
 ROLES = {"add": "base", "mapped": "base", "amplify": "base", "ablate": "tuned"}
 """The model of the pair that each kind is for."""
 RULES = ("answer", "all")
@@ -121,7 +123,7 @@ def check_kind(kind: str) -> None:
         return
     why = ", which needs the states of the other model" if kind in ("interchange", "reverse") else ""
     allowed = ", ".join(f"{name} (in {ROLES[name]})" for name in NEEDS)
-    raise HandleError(f"edit is {kind!r}{why}; allowed: {allowed} (key: edit)")
+    raise HandleError(f"edit is {cut(kind)}{why}; allowed: {allowed} (key: edit)")
 
 
 def write(path: str | Path, handle: Handle) -> Path:
@@ -162,7 +164,12 @@ def read(path: str | Path) -> Handle:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            for name in (found := PARTS.intersection(file.keys())):
+                if (kind := file.get_slice(name).get_dtype()) != "F32":
+                    raise HandleError(f"{path} has {name} of {kind}; allowed: F32 (key: {name})")
+            tensors = {name: file.get_tensor(name) for name in found}
+    except OSError as error:
+        raise HandleError(f"cannot read {path}: {error.strerror} (key: path)") from error
     except SafetensorError as error:
         with path.open("rb") as raw:
             pickled = raw.read(4).startswith(_PICKLED)
@@ -184,15 +191,18 @@ def _manifest(header: Mapping[str, str], path: str) -> Manifest:
     try:
         body: Any = json.loads(header["manifest"])
         version = body["version"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise HandleError(f"{path} has no manifest; write it again with `mechdiff export`") from error
-    if version != VERSION:
-        raise HandleError(f"{path} has format version {version!r}; allowed: {VERSION} (key: path)")
+    if version != VERSION or isinstance(version, bool):
+        raise HandleError(f"{path} has format version {cut(version)}; allowed: {VERSION} (key: path)")
     types = {"k": int, "width": int, "version": int, "alpha": (int, float), "provenance": dict}
     for name in (f.name for f in fields(Manifest)):
-        if not isinstance(body.get(name), types.get(name, str)):  # type: ignore[arg-type]
-            raise HandleError(f"{path} has {name} {body.get(name)!r} in its manifest (key: path)")
-    return Manifest(**{f.name: body[f.name] for f in fields(Manifest)})
+        value = body.get(name)
+        if isinstance(value, bool) or not isinstance(value, types.get(name, str)):  # type: ignore[arg-type]
+            raise HandleError(f"{path} has {name} {cut(value)} in its manifest (key: path)")
+    if not abs(body["alpha"]) <= sys.float_info.max:  # which a whole number of JSON may exceed
+        raise HandleError(f"{path} has alpha {cut(body['alpha'])}; allowed: a finite number (key: alpha)")
+    return Manifest(**{f.name: body[f.name] for f in fields(Manifest)} | {"alpha": float(body["alpha"])})
 
 
 def _known(tensors: Mapping[str, Tensor]) -> Known:
@@ -223,7 +233,7 @@ def _check(handle: Handle, path: str) -> None:
     ):
         if not fine:
             raise HandleError(
-                f"{path} has {key} {value!r} with edit {m.kind}; allowed: {allowed} (key: {key})"
+                f"{path} has {key} {cut(value)} with edit {m.kind}; allowed: {allowed} (key: {key})"
             )
     d = m.width
     shapes = {"basis": (m.k, d), "delta": (d,), "neutral": (d,), "map_weight": (d, d), "map_bias": (d,)}

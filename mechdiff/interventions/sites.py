@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mechdiff.errors import SiteError
+from mechdiff.errors import SiteError, cut
 
 Component = Literal["resid_post", "attn_out", "mlp_out", "head_z", "head_out"]
 COMPONENTS: tuple[str, ...] = get_args(Component)
@@ -20,7 +20,7 @@ POSITIONS = ("last", "user", "template")
 user's text, and the other tokens of the chat template after it. The template before the user's text is the
 same in every prompt and belongs to none."""
 
-_PATTERN = re.compile(r"(?P<component>[a-z_]+)\.(?P<layer>\d+)")
+_PATTERN = re.compile(r"(?P<component>[a-z_]+)\.(?P<layer>[0-9]{1,6})")
 
 
 @dataclass(frozen=True, order=True)
@@ -53,7 +53,8 @@ class Site:
         if match is None or match["component"] not in COMPONENTS:
             known = ", ".join(COMPONENTS)
             raise SiteError(
-                f"unknown site {text!r}; allowed: <component>.<layer>, component one of {known} (key: layers)"
+                f"unknown site {cut(text)}; allowed: <component>.<layer>, component one of {known} "
+                "(key: layers)"
             )
         return cls(int(match["layer"]), match["component"])  # type: ignore[arg-type]
 

@@ -18,11 +18,10 @@ from itertools import accumulate, takewhile
 from typing import NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mechdiff.errors import PromptError
+from mechdiff.errors import PromptError, told
 from mechdiff.interventions.sites import OTHER, PREFIX, SUFFIX, USER
 from mechdiff.pairs.tokenizers import vocabulary
 
@@ -82,13 +81,15 @@ class _Template(NamedTuple):
 def render(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None = None) -> str:
     """Return a user message as the model expects it, up to its answer; the text itself without a template.
 
+    The template is run by transformers, in Jinja's sandbox: it sees the messages and reaches nothing else.
+
     Args:
         tokenizer: Tokenizer of the model, with its chat template if it has one.
         text: The user's message.
         system: A system message before it; by default whatever the template itself puts there.
 
     Raises:
-        PromptError: If the chat template fails.
+        PromptError: If the chat template fails, or tries to reach out of the sandbox.
     """
     if not tokenizer.chat_template:
         return text if system is None else f"{system}\n\n{text}"
@@ -98,10 +99,9 @@ def render(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None = N
         rendered = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, date_string=DATE
         )
-    except (TemplateError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # a template is somebody's program, which can fail in any way
         raise PromptError(
-            f"the chat template fails on {_short(text)}: {reason} (key: pair.prompts)"
+            f"the chat template fails on {_short(text)}: {told(error)} (key: pair.prompts)"
         ) from error
     assert isinstance(rendered, str)
     return rendered

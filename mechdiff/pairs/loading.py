@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from mechdiff.errors import PairError
+from mechdiff.errors import PairError, cut, told
 from mechdiff.interventions.generation import context_length
 from mechdiff.interventions.hooks import get_blocks, record
 from mechdiff.interventions.sites import Site
 from mechdiff.pairs.placement import placement
-from mechdiff.pairs.sources import fingerprint, model_folder
+from mechdiff.pairs.sources import UNREADABLE, fingerprint, model_folder
 from mechdiff.pairs.spec import ModelSpec, PairSpec
 from mechdiff.pairs.tokenizers import SharedVocab, load_tokenizer
 
 ROWS_FILE = "new_rows.safetensors"
+ADAPTERS = ("ADALORA", "BOFT", "HRA", "IA3", "LOHA", "LOKR", "LORA", "OFT", "VERA")
+"""Kinds of adapters that change weights and nothing else. A learnt prompt cannot be merged, and names a
+tokenizer to fetch."""
 _LOADED: dict[tuple[str, str], LoadedPair] = {}
 
 
@@ -167,10 +171,9 @@ def _read(folder: Path, dtype: torch.dtype, key: str, place: dict[str, str] | No
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except UNREADABLE as error:
         raise PairError(
-            f"{folder} cannot be loaded as a causal language model: {reason} (key: {key})"
+            f"{folder} cannot be loaded as a causal language model: {told(error)} (key: {key})"
         ) from error
     model, info = loaded
     lacking = sorted(info["missing_keys"])
@@ -213,18 +216,17 @@ def _with_zeros(weight: Tensor, rows: int) -> nn.Parameter:
 def _adapted(model: PreTrainedModel, folder: Path, key: str) -> PreTrainedModel:
     from peft import PeftModel  # slow to import, and only adapters need it
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise PairError(f"{folder} holds no {name}; other formats are not read (key: {key})")
     try:
+        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if about["peft_type"] not in ADAPTERS:
+            raise ValueError(f"peft_type is {cut(about['peft_type'])}; allowed: {', '.join(ADAPTERS)}")
         if (folder / ROWS_FILE).is_file():
             with safe_open(folder / ROWS_FILE, framework="pt") as file:
                 first = (file.metadata() or {}).get("first_id")
                 grow_embeddings(model, file.get_tensor("rows"), int(first) if first else None)
         return PeftModel.from_pretrained(model, folder, use_safetensors=True).merge_and_unload()
-    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PairError(f"{folder} does not fit the model: {reason} (key: {key})") from error
+    except UNREADABLE as error:
+        raise PairError(f"{folder} does not fit the model: {told(error)} (key: {key})") from error
 
 
 @torch.no_grad()

@@ -24,14 +24,28 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError
 
-from mechdiff.errors import PairError
+from mechdiff.errors import PairError, cut, told
 from mechdiff.pairs.spec import GGUF, WHEEL, ModelSpec
 
 INSTEAD = "pass a local folder, or --pair configs/pairs/cultural_smol.yaml for the embedded pair"
 TOKENIZER_FILES = ("tokenizer*", "*.json", "*.jinja", "*.model")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 PROBE_SECONDS = 5.0
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    RuntimeError,  # and RecursionError
+    SafetensorError,
+)
+"""What other libraries raise for files that are not what they should be."""
 
 
 def cache_folder() -> Path:
@@ -48,9 +62,13 @@ def model_folder(spec: ModelSpec, key: str) -> Path:
         key: Configuration key to name in messages, such as ``pair.base.id``.
 
     Raises:
-        PairError: If it cannot be had, with what to do instead.
+        PairError: If it, or the adapter's, cannot be had, with what to do instead.
     """
-    name = str(spec.id)
+    name, adapter = str(spec.id), Path(spec.adapter or "")
+    for file in ("adapter_config.json", "adapter_model.safetensors") if spec.adapter else ():
+        if not (adapter / file).is_file():
+            other = f"other formats are not read (key: {key.removesuffix('id')}adapter)"
+            raise PairError(f"{adapter} holds no {file}; {other}")
     if name.startswith(WHEEL):
         return _dequantised(_in_wheel(name, key))
     if Path(name).is_absolute():
@@ -65,9 +83,19 @@ def model_folder(spec: ModelSpec, key: str) -> Path:
 
 
 def has_weights(folder: Path) -> bool:
-    """Tell whether a folder holds safetensors, and all that its index names."""
+    """Tell whether a folder holds safetensors, and all that its index names.
+
+    Raises:
+        PairError: If the index is malformed, or names files of another folder.
+    """
     for index in folder.glob("*.safetensors.index.json"):
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = [name for name in named if Path(name).name != name]
+        except UNREADABLE as error:
+            raise PairError(f"{index} is no index of weights: {told(error)} (key: pair)") from error
+        if outside:
+            raise PairError(f"{index} names {cut(outside[0])}; allowed: files of its folder (key: pair)")
         return all((folder / name).is_file() for name in named)
     return any(folder.glob("*.safetensors"))
 
@@ -169,6 +197,26 @@ def in_reach(spec: ModelSpec, key: str) -> Path:
     if not has_weights(folder):
         raise PairError(f"{name} holds no complete *.safetensors (key: {key})")
     return folder
+
+
+def shape(config: Path, key: str) -> tuple[int, int, int] | None:
+    """Return width, depth and heads of a model as its config says, None where it does not.
+
+    Args:
+        config: The file ``config.json`` of the model.
+        key: Configuration key to name in messages.
+
+    Raises:
+        PairError: If the config is malformed.
+    """
+    names = (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"))
+    try:
+        about = json.loads(config.read_text(encoding="utf-8"))
+        about = about.get("text_config", about)
+        width, depth, heads = (next((int(about[n]) for n in either if n in about), 0) for either in names)
+    except UNREADABLE as error:
+        raise PairError(f"{config} is not the config of a model: {told(error)} (key: {key})") from error
+    return (width, depth, heads) if width and depth and heads else None
 
 
 def _in_wheel(name: str, key: str) -> Path:

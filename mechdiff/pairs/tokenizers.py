@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mechdiff.errors import PairError
+from mechdiff.errors import PairError, told
 from mechdiff.pairs.sources import hub_folder
 
 SPACE = "\u2581"
@@ -127,8 +127,8 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
         return AutoTokenizer.from_pretrained(
             str(folder), gguf_file=gguf, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise PairError(f"{source} holds no tokenizer that can be read ({key})") from error
+    except Exception as error:  # the tokenizers library raises no narrower class for a malformed file
+        raise PairError(f"{source} holds no tokenizer that can be read: {told(error)} ({key})") from error
 
 
 def load_tokenizers(base_id: str, tuned_id: str) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:

@@ -9,14 +9,15 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mechdiff.data.lines import parse
 from mechdiff.errors import PromptError
 
 Row = dict[str, Any]
@@ -97,15 +98,15 @@ def _jsonl(path: Path, key: str) -> Iterator[tuple[str, Row]]:
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(f"benchmark file {path} is not UTF-8: byte {error.start} (key: {key})") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise PromptError(f"benchmark file {path} is not a gzip file (key: {key})") from error
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
+            row = parse(line)
+        except PromptError as error:
+            raise PromptError(f"{path}:{number}: {error}") from error
         if not isinstance(row, dict):
             raise PromptError(
                 f"{path}:{number}: a line must be an object, keyed by column; found {type(row).__name__}"
@@ -119,7 +120,7 @@ def _parquet(path: Path, key: str) -> Iterator[tuple[str, Row]]:
 
     try:
         rows = parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise PromptError(f"benchmark file {path} is not a Parquet file (key: {key})") from error
     for number, row in enumerate(rows, 1):
         yield f"{path}: row {number}", row

@@ -1,13 +1,14 @@
 """Write a report as one HTML page that opens from disk, and as Markdown.
 
 The page loads nothing: style and script are inside it, and its security policy allows them by their hash.
-Everything from the records is escaped; the charts alone are markup, and they escape what they hold.
+Everything from the records is escaped, in Markdown too; the charts are markup, and escape what they hold.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from io import BytesIO
@@ -26,6 +27,8 @@ from mechdiff.reporting.report.verdict import words
 from mechdiff.reporting.report.view import View
 from mechdiff.results import Record
 
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
+"""What a reader of Markdown may take for HTML; the Markdown itself has none."""
 NAMES = ("report.html", "report.md")
 OBJECTIVE = (
     "Establish an actionable, tokenizer-robust, low-rank causal handle on what tuning changed, and "
@@ -64,7 +67,8 @@ def write_report(places: Sequence[str | Path], out: str | Path, figures: bool = 
     for name in NAMES:
         path = Path(out) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, environment.get_template(name).render(context))
+        text = environment.get_template(name).render(context)
+        write_text(path, text if name.endswith(".html") else _TAG.sub("&lt;", text))
         written.append(path)
     return written
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mechdiff.reporting.report.page import write_report
+from mechdiff.results import Results
 from tests.reporting.report.make_study import study
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
@@ -60,6 +62,37 @@ def test_a_complaint_would_be_seen(browser: str, page: Path) -> None:
     assert "Content Security Policy" in "".join(
         line for line in done.stderr.splitlines() if "CONSOLE" in line
     )
+
+
+MARK = '"><img src=x onerror="document.title=1"><script>document.title=2</script>'
+
+
+def marked(value: object) -> object:
+    """Return what a run says of its pair with markup in every text."""
+    if isinstance(value, dict):
+        return {key: marked(v) if key != "domain" else v for key, v in value.items()}
+    return f"{value}{MARK}" if isinstance(value, str) else value
+
+
+def test_markup_of_a_prompt_or_model_stays_text(browser: str, tmp_path: Path) -> None:
+    folder = study(tmp_path / "study", ("cultural_smol",))
+    for table in folder.rglob("results.json"):
+        results = Results.read(table)
+        results.provenance = {key: marked(value) for key, value in results.provenance.items()}
+        more = [
+            replace(r, params={**r.params, "template": MARK}, flags=(MARK,), split=MARK)
+            for r in list(results)[:3]
+        ]
+        results.records += more
+        results.write(table)
+    (page, _) = write_report([folder], folder, figures=False)
+    assert MARK not in page.read_text(encoding="utf-8")
+    done = look(browser, page, "--dump-dom")
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert done.stdout.count("<script") == 1
+    assert "<img" not in done.stdout
+    assert "&lt;script&gt;document.title=2&lt;/script&gt;" in done.stdout
+    assert not re.search("<title>[12]</title>", done.stdout)
 
 
 DRIVEN = """

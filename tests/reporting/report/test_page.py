@@ -147,8 +147,10 @@ def test_text_of_a_record_stays_text(tmp_path: Path) -> None:
     results.records += [replace(r, flags=(EVIL,)) for r in run_of("rq2")]
     results.provenance = provenance(f"{EVIL}&\"'", "cultural")
     results.write(tmp_path / "results.json")
-    html, _ = write_report([tmp_path], tmp_path, figures=False)
+    html, md = write_report([tmp_path], tmp_path, figures=False)
     text = html.read_text(encoding="utf-8")
+    assert "&lt;script>alert(1)&lt;/script>" in md.read_text(encoding="utf-8")
+    assert EVIL not in md.read_text(encoding="utf-8")
     assert "alert(1)" in text
     assert EVIL not in text
     assert text.count("<script") == 1
