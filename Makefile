@@ -53,10 +53,14 @@ $(PEERS)/.installed: constraints.txt benchmarks/peers.txt $(STAMP)
 
 torture: export HF_HUB_OFFLINE = 1
 torture: export OMP_NUM_THREADS = 1
-torture: env ## kill, fill the disk and measure memory at length (docs/reliability.md); an hour, root for the disk
+torture: env ## kill, fill the disk, measure memory, fuzz and audit at length (docs/reliability.md); root for the disk
+	$(PIP) install --quiet --editable '.[dev,torture]' --constraint constraints.txt
 	$(PY) -m tests.torture
 	$(PY) -m tests.torture.memory
 	$(PY) -m tests.torture.disk
+	$(PY) -m pytest -m torture
+	$(PY) -m tests.fuzz --seconds 60
+	$(PY) -m pip_audit --requirement requirements.lock --disable-pip --strict --progress-spinner off
 
 lint: env ## check style and types
 	$(PY) -m ruff check

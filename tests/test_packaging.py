@@ -47,6 +47,17 @@ def test_pins_carry_no_local_version() -> None:
     assert "mechdiff" not in PINS
 
 
+def test_the_lock_of_a_release_pins_what_was_tested_and_hashes_all_of_it() -> None:
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    locked = re.findall(
+        r"^([\w.-]+)==([^ ]+)[^\n]*\\\n((?: +--hash=sha256:[0-9a-f]{64}[ \\\n]+)+)", text, re.M
+    )
+    assert len(locked) == len(re.findall(r"^[a-zA-Z]", text, re.M)), "a pin without a hash"
+    names = {canonicalize_name(name): version for name, version, _ in locked}
+    assert {canonicalize_name(r.name) for r in RUNTIME} <= names.keys()
+    assert {name: version for name, version in names.items() if PINS.get(name, version) != version} == {}
+
+
 def test_every_import_is_a_declared_requirement() -> None:
     owners = packages_distributions()
     for room in {p.parent for p in (ROOT / "mechdiff").rglob("*.py")}:
