@@ -46,7 +46,7 @@ class OneLineParser(LightningArgumentParser):
     typed: Sequence[str] = ()
     """The command line, to name an option as it was typed."""
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse; files that are no text, or without an end, are mistakes of the user as well."""
         try:
             return super().parse_args(*args, **kwargs)

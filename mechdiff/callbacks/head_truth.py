@@ -154,8 +154,8 @@ class HeadTruth:
         table = []
         for index in self.track(ranking, "order of heads"):
             case = cases.case("tuned", index)
-            every = {"it": self.baseline(case, "tuned", "other_model")}
-            done = attribute(case.side.loaded.model, placed(case), case.score, every)
+            donor = {"it": self.baseline(case, "tuned", "other_model")}
+            done = attribute(case.side.loaded.model, placed(case), case.score, donor)
             table.append(done.values["it"].sum(0).flatten())
         order = torch.stack(table).mean(0).abs().argsort(descending=True, stable=True)
         count, layers = len(order), self.tables.layers["tuned"]

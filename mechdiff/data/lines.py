@@ -94,7 +94,9 @@ def _twins(word: str) -> list[str]:
     kinds = {"LATIN": [c for c in word if _alphabet(c) == "LATIN"]}
     kinds["CYRILLIC"] = [c for c in word if _alphabet(c) == "CYRILLIC"]
     false = [found for found in kinds.values() if found and _TWINS.issuperset(found)]
-    return list(dict.fromkeys(min(false, key=len))) if false and all(kinds.values()) else []
+    return (
+        list(dict.fromkeys(min(false, key=lambda found: len(found)))) if false and all(kinds.values()) else []
+    )
 
 
 def _alphabet(char: str) -> str:

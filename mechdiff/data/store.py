@@ -27,7 +27,7 @@ from mechdiff.interventions.sites import POSITIONS, SUFFIX, USER, Site
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _AT_ONCE = 1 << 19  # bytes that are read before they are put in their places
-KEPT = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+KEPT: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
 """What each is on disk."""
 INTEGERS = tuple(map(np.dtype, (np.int8, np.int16, np.int32, np.int64)))
 """Types of the columns that say where rows come from."""

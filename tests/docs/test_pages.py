@@ -136,7 +136,13 @@ def test_every_question_runs_on_the_files_of_the_other_domain(name: str, place: 
         save_model(place / "mine" / role, noise=noise)
         body[role] = {"id": f"./{role}"}
     (place / "mine" / "pair.yaml").write_text(yaml.safe_dump(body))
-    options = ["--pair", "mine/pair.yaml", "--may_read=data", "--trainer.fast_dev_run=true", "--layers=[1, 2]"]
+    options = [
+        "--pair",
+        "mine/pair.yaml",
+        "--may_read=data",
+        "--trainer.fast_dev_run=true",
+        "--layers=[1, 2]",
+    ]
     assert run(verb_of(name), *config(name), *options, "--trainer.accelerator=cpu") == 0
 
 
