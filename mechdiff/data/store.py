@@ -213,7 +213,7 @@ def _gather(
             cuts = (np.flatnonzero(np.diff(wanted) != 1) + 1).tolist()
             for low, high in zip([0, *cuts], [*cuts, len(wanted)], strict=True):
                 file.seek(begin + int(wanted[low]) * size)
-                if file.readinto(memoryview(some[low:high]).cast("B")) != (high - low) * size:
+                if file.readinto(some[low:high].data) != (high - low) * size:
                     raise OSError(f"it ends before its row {wanted[high - 1]}")
             out[places[start : start + len(some)]] = decode(some[: len(wanted)], dtype).numpy()
 
