@@ -91,12 +91,9 @@ def _twins(word: str) -> list[str]:
     """Return the letters that make a word of two alphabets seem to be of one; none if it is not."""
     if word.isascii():
         return []
-    kinds: dict[str, list[str]] = {"LATIN": [c for c in word if _alphabet(c) == "LATIN"]}
-    kinds["CYRILLIC"] = [c for c in word if _alphabet(c) == "CYRILLIC"]
-    false = [found for found in kinds.values() if found and _TWINS >= set(found)]
-    return (
-        list(dict.fromkeys(min(false, key=lambda found: len(found)))) if false and all(kinds.values()) else []
-    )
+    latin, cyrillic = ([c for c in word if _alphabet(c) == name] for name in ("LATIN", "CYRILLIC"))
+    false = [found for found in (latin, cyrillic) if set(found) <= _TWINS]
+    return list(dict.fromkeys(min(false, key=len))) if latin and cyrillic and false else []
 
 
 def _alphabet(char: str) -> str:
