@@ -92,8 +92,11 @@ def _twins(word: str) -> list[str]:
     if word.isascii():
         return []
     latin, cyrillic = ([c for c in word if _alphabet(c) == name] for name in ("LATIN", "CYRILLIC"))
-    false: list[list[str]] = [found for found in (latin, cyrillic) if set(found) <= _TWINS]
-    return list(dict.fromkeys(min(false, key=len))) if latin and cyrillic and false else []
+    false = [found for found in (latin, cyrillic) if set(found) <= _TWINS]
+    if not (latin and cyrillic and false):
+        return []
+    fewest = min(false, key=len)
+    return list(dict.fromkeys(fewest))
 
 
 def _alphabet(char: str) -> str:
