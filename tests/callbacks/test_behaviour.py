@@ -316,9 +316,9 @@ class Scripted:
         scores = [-float(len(option)) for option in options]
         return Spoken(scores, [None] * len(scores), 0.0)
 
-    def score(self, _context: str, options: Sequence[str]) -> Spoken:
-        scores = self.scores.pop(0)
-        return Spoken(list(scores), list(scores), 0.0)
+    def score_all(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[Spoken]:
+        given = [self.scores.pop(0) for _ in asked]
+        return [Spoken(list(scores), list(scores), 0.0) for scores in given]
 
 
 def test_problems_are_matched_unparsed_answers_are_named_and_shuffling_is_a_control() -> None:
@@ -349,7 +349,7 @@ def test_bias_scores_are_those_of_their_definition() -> None:
         gold = 2 if condition == "ambig" else int(torch.randint(2, (), generator=draws))
         items.append(Item(str(n), "bias", "who?", "c", ("he", "she", "unknown"), gold, meta=meta))
         picks.append(int(torch.randint(3, (), generator=draws)))
-    scores = [[0.0 if i == pick else -9.0 for i in range(3)] for pick in picks for _ in range(2)]
+    scores = [[0.0 if i == pick else -9.0 for i in range(3)] for _ in range(2) for pick in picks]
     found = Results(records({"base": list(chosen(Scripted([], scores), items, "bbq"))}, [], 17))
     seen = [outcome(item, pick) for item, pick in zip(items[4:], picks[4:], strict=True)]
     for condition in ("ambig", "disambig"):
