@@ -112,7 +112,7 @@ def understood(verb: str, *rest: str) -> None:
 def test_the_prompts_of_the_other_domain_are_what_the_page_says(place: Path) -> None:
     runpy.run_path("mine/make_prompts.py")
     for pair in ("mine/pair.yaml", "mine/russian.yaml"):
-        spec = read_pair(place / pair)
+        spec = read_pair(place / pair, [f"--may_read={ROOT / 'data'}"])
         assert all(Path(file).is_file() for file in [*spec.prompts, spec.openings, *spec.benchmarks.values()])
         assert Path(str(spec.tuned.adapter)).is_dir()
     lines = (place / "mine" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()

@@ -54,7 +54,8 @@ def write_store(
     """Write a store with one shard; rows are prompts times (user tokens, template, last)."""
     identity = StoreIdentity(f"{name}/float32", "tokenizer", "template", "texts", "all", dtype)
     folder = root / identity.key
-    inside = folder / "pass-hand"
+    widths = {Site.parse(site): values.shape[1] for site, values in sites.items()}
+    inside = folder / Pass.name(widths)
     inside.mkdir(parents=True)
     examples = [Example(f"p{i}", "en", label(i), f"s{i}", f"t{i}") for i in range(PROMPTS)]
     Contents(identity, examples, [b"<"], [b">", b":"]).write(folder)
@@ -71,7 +72,6 @@ def write_store(
             file[f"rows/{column}"] = values.numpy()
         for site, values in sites.items():
             file[f"sites/{site}"] = values.numpy()
-    widths = {Site.parse(site): values.shape[1] for site, values in sites.items()}
     Pass(inside, widths, [Shard(path.name, ROWS, checksum(path))]).write(identity.key)
     return folder
 
