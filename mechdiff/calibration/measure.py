@@ -136,7 +136,7 @@ def ask_heads(pair: LoadedPair, prompts: Sequence[Prompt], seed: int) -> Found:
         edge_prompts=0,
         nulls=2,
     )
-    run(HeadComparison(), [heads], NoStates(), pair, prompts, seed)
+    run(HeadComparison(), [heads], NoStates(sites=["resid_post.0"]), pair, prompts, seed)
     results = Results(heads.results)
     changes = results.select(quantity="head_own_change", metric="norm")
     (first,) = {r.params["baseline"] for r in results.select(quantity="churn_p") if r.site} or {"twin"}

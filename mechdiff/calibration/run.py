@@ -28,12 +28,26 @@ from mechdiff.calibration.planting import case_prompts, plant
 from mechdiff.calibration.states import CaseStates
 from mechdiff.errors import ConfigError
 from mechdiff.interventions.sites import Site
-from mechdiff.pairs.loading import LoadedModel
+from mechdiff.pairs.loading import LoadedModel, load_model
 from mechdiff.pairs.organisms import planted_pair
+from mechdiff.pairs.spec import ModelSpec
 
 RAW = "cases.jsonl"
 
 Line = dict[str, Any]
+
+
+def load_base(identity: str, device: str) -> LoadedModel:
+    """Load the model that is planted in, in single precision.
+
+    Args:
+        identity: Hub id, folder, or a GGUF in a wheel.
+        device: Where it goes.
+
+    Raises:
+        PairError: If it cannot be had.
+    """
+    return load_model(ModelSpec(id=identity), device=device)
 
 
 def measure(base: LoadedModel, case: Case, seed: int) -> Line:
@@ -141,7 +155,7 @@ def finished(folder: Path, seed: int) -> list[Case]:
     if others := {line["seed"] for line in lines} - {seed}:
         allowed = f"allowed: {min(others)}, or another folder (key: --seed)"
         raise ConfigError(f"{folder} holds cases of another seed than {seed}; {allowed}")
-    return [_case(line) for line in lines]
+    return [case_of(line) for line in lines]
 
 
 def _case(line: Line) -> Case:
