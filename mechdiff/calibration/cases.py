@@ -19,8 +19,6 @@ from mechdiff.errors import ConfigError
 
 TUNING_SEED = 1
 """Seed of all cases on which thresholds and defaults were looked at; a table is made with another."""
-TABLE_SEED = 2027
-"""Seed of the committed table."""
 PROMPTS = 16
 """Targets of dev and of eval in a case, and as many neutral prompts."""
 CLEAR_NATS = 0.02

@@ -128,10 +128,8 @@ def run_cases(
         _check_base(folder, base)
         line = measure(base, case, seed)
         _write(folder, line)
-        about = f"{case.kind} {case.strength:g} n={case.prompts} draw {case.draw}"
-        say(
-            f"[{rank}] {number}/{len(left)} {about}: {line['seconds']:.0f} s ({line['cpu_seconds']:.0f} s CPU)"
-        )
+        took = f"{line['seconds']:.0f} s, {line['cpu_seconds']:.0f} s of CPU"
+        say(f"[{rank}] {number}/{len(left)} {case}: {took}")
     return set(cases) <= set(finished(folder, seed))
 
 
@@ -158,7 +156,8 @@ def finished(folder: Path, seed: int) -> list[Case]:
     return [case_of(line) for line in lines]
 
 
-def _case(line: Line) -> Case:
+def case_of(line: Line) -> Case:
+    """Return the case of a line."""
     return Case(line["kind"], line["strength"], line["prompts"], line["draw"])
 
 

@@ -4,8 +4,8 @@
    subspace or head was found; of power, whether the question says that there is anything; on nulls, the same
    is a false positive.
 2. Cells count them by kind, strength and number of prompts. Beside them, without a strength, stand all cases
-   of a kind whose gap is at least `CLEAR_NATS`: the clearly measurable ones, to which the targets apply. Nulls
-   have no strength; `any null` counts them all.
+   of a kind whose gap is at least `CLEAR_NATS`: the clearly measurable ones, to which the targets apply.
+   Nulls have no strength; `any null` counts them all.
 3. Intervals are exact binomial ones. Heads of one case are counted as if they were independent.
 4. What is not a share (angles, gaps, ranks) is kept as a median with quartiles.
 """
@@ -247,8 +247,8 @@ def _summary(key: tuple[Any, ...], values: Sequence[float]) -> dict[str, Any]:
         "strength": strength,
         "prompts": prompts,
         "n": len(values),
-        "median": middle.item(),
-        "quartiles": [low.item(), high.item()],
+        "median": middle,
+        "quartiles": [low, high],
         "unit": unit,
     }
 

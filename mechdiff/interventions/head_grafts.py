@@ -77,6 +77,11 @@ def _mixed(own: Tensor, other: Tensor, axis: int, count: int, index: int) -> Ten
 
 
 def projections(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
+    """Return the projections of queries, keys, values and output of a block, by name.
+
+    Raises:
+        PairError: If the model has no separate ones.
+    """
     (attention,) = component_modules(model, f"attn.{layer}")
     found = {
         name.rsplit(".", 1)[-1]: module
@@ -92,5 +97,6 @@ def projections(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
 
 
 def key_heads(model: PreTrainedModel) -> int:
+    """Count the heads of keys and values of a block."""
     config = model.config.get_text_config(decoder=True)
     return int(getattr(config, "num_key_value_heads", None) or num_heads(model))
