@@ -18,6 +18,7 @@ from mechdiff.calibration.states import CaseStates
 from mechdiff.callbacks import Grafts, Heads, LayerPatch, MappedPatch, Steering
 from mechdiff.callbacks.base import CausalEvaluation
 from mechdiff.callbacks.head_cases import find_cases
+from mechdiff.callbacks.head_records import LEVEL_P
 from mechdiff.callbacks.head_tables import ROLES, begin, means_of
 from mechdiff.callbacks.head_tables import measure as fill_tables
 from mechdiff.config import K_SWEEP
@@ -52,12 +53,11 @@ READINGS = 40
 def ask_layers(pair: LoadedPair, prompts: Sequence[Prompt], states: CaseStates, seed: int) -> Found:
     """Ask at which layer an effect enters, by patch and by graft, and where states differ most."""
     module = Divergence(**states.options(states.states[0]), seed=seed)
-    count = sum(p.split == "dev" and p.label == "target" for p in prompts)
-    patch = LayerPatch(
-        curve_prompts=2 * count, max_prompts=SEPARATELY, everywhere_prompts=0, effect_prompts=0
-    )
+    asked = [p for p in prompts if p.label == "target"]
+    count = sum(p.split == "dev" for p in asked)
+    patch = LayerPatch(count, max_prompts=SEPARATELY, everywhere_prompts=0, effect_prompts=0)
     grafts = Grafts(("block",), max_prompts=count, lambdas=(), effect_prompts=0, ranks=False)
-    run(module, [patch, grafts], states.whole(), pair, prompts, seed)
+    run(module, [patch, grafts], states.whole(), pair, asked, seed)
     patched, grafted = Results(patch.results), Results(grafts.results)
     found: Found = {"patch": {}, "graft": {}}
     for direction in ("into_tuned", "into_base"):
@@ -139,10 +139,9 @@ def ask_heads(pair: LoadedPair, prompts: Sequence[Prompt], seed: int) -> Found:
     run(HeadComparison(), [heads], NoStates(sites=["resid_post.0"]), pair, prompts, seed)
     results = Results(heads.results)
     changes = results.select(quantity="head_own_change", metric="norm")
-    (first,) = {r.params["baseline"] for r in results.select(quantity="churn_p") if r.site} or {"twin"}
     differences = [
         r
-        for r in results.select(quantity="head_attribution", model="pair", baseline=first, control="none")
+        for r in results.select(quantity="head_attribution", model="pair", baseline="twin", control="none")
         if "group" not in r.params and "edge" not in r.params
     ]
     grafts = [r for r in results.select(quantity="graft_recovery") if "head" in r.params]
@@ -152,14 +151,13 @@ def ask_heads(pair: LoadedPair, prompts: Sequence[Prompt], seed: int) -> Found:
         for r in results.select(quantity="churn", control="none", rule="bound")
         if r.params["floor_from"] != "curve"
     }
-    (discoveries,) = results.select(quantity="churn_bh")
     return {
         "own_change": _ranking(changes),
         "attribution": _ranking(differences),
         "graft": _ranking(grafts),
         "graft_low": max((r.low for r in grafts if r.low is not None), default=None),
-        "passed_max": sorted(_head(r) for r in tests if r.value is not None and r.value <= 0.05),
-        "passed_bh": discoveries.value,
+        "passed_max": sorted(_head(r) for r in tests if r.value is not None and r.value <= LEVEL_P),
+        "passed_bh": next((r.value for r in results.select(quantity="churn_bh")), None),
         "churn": passed,
         "heads": len(changes),
     }
@@ -189,8 +187,8 @@ def ask_nothing(pair: LoadedPair, prompts: Sequence[Prompt], kind: str, seed: in
         else:
             one, other = split_halves(base, draws)
         tested = head_churn(one, other, generator=generator(seed, "test", kind, reading))
-        family += bool((tested.p_max <= 0.05).any())
-        discovery += bool((tested.p_bh <= 0.05).any())
+        family += bool((tested.p_max <= LEVEL_P).any())
+        discovery += bool((tested.p_bh <= LEVEL_P).any())
         above += bool((tested.bound > tested.floor).any())
     return {"readings": READINGS, "passed_max": family, "passed_bh": discovery, "above_floor": above}
 

@@ -5,7 +5,7 @@
    is a false positive.
 2. Cells count them by kind, strength and number of prompts. Beside them, without a strength, stand all cases
    of a kind whose gap is at least `CLEAR_NATS`: the clearly measurable ones, to which the targets apply.
-   Nulls have no strength; `any null` counts them all.
+   Nulls have no strength. `any planted` and `any null` count them over kinds.
 3. Intervals are exact binomial ones. Heads of one case are counted as if they were independent.
 4. What is not a share (angles, gaps, ranks) is kept as a median with quartiles.
 """
@@ -207,10 +207,13 @@ def _places(line: Line) -> Iterator[tuple[str, float | None, int]]:
         yield "any null", None, prompts
         return
     gap = gap_of(line)
+    clear = gap is not None and gap >= CLEAR_NATS
     for name in dict.fromkeys((kind, kind.partition("_")[0])):
         yield name, line["strength"], prompts
-        if gap is not None and gap >= CLEAR_NATS:
+        if clear:
             yield name, None, prompts
+    if clear:
+        yield "any planted", None, prompts
 
 
 def _cell(key: tuple[Any, ...], counts: Sequence[Count]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from mechdiff.functional.stats import generator
 from mechdiff.interventions.grafts import component_tensors
 from mechdiff.interventions.head_grafts import group, key_heads, projections
 from mechdiff.interventions.hooks import head_weights, num_heads
+from mechdiff.interventions.rounding import HALF, rounded_weights
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.pairs.loading import LoadedModel
 from mechdiff.pairs.organisms.planted import Planted, Truth, check_strength, copy_model, planted
@@ -204,18 +205,15 @@ def _part(model: PreTrainedModel, layer: int, head: int, mode: Mode) -> _Part:
     return _Part(weight, index, weight.data[index * width : (index + 1) * width])
 
 
-@torch.no_grad()
 def _round(model: PreTrainedModel, keep: Sequence[str] = ()) -> list[str]:
     """Round weights to bfloat16 and back; return the names of those that this changed."""
-    if model.dtype in (torch.bfloat16, torch.float16):
+    if model.dtype in HALF:
         raise PairError(f"dtype is {model.dtype}; allowed: float32, float64 (key: pair.dtype)")
-    edited = []
-    for name, parameter in model.named_parameters():
-        rounded = parameter.data.bfloat16().to(parameter.dtype)
-        if name not in keep and not torch.equal(rounded, parameter.data):
-            parameter.data = rounded
-            edited.append(name)
-    return edited
+    new = rounded_weights(model, keep)
+    for name, weight in model.named_parameters():
+        if name in new:
+            weight.data = new[name]
+    return list(new)
 
 
 def _total_norm(tensors: Iterable[Tensor]) -> float:
