@@ -8,11 +8,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import torch
 
-from mechdiff.data.prompts import Prompt, Split
+from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
 
 T = TypeVar("T")
@@ -65,7 +65,6 @@ def messages(topics: int, count: int, draws: torch.Generator) -> list[Prompt]:
     parts = {"fit": (0, 8, 2 * count), "dev": (8, 12, count), "eval": (12, 16, count)}
     found = []
     for split, (first, last, wanted) in parts.items():
-        assert split in get_args(Split)
         crossed = {
             name: _shuffled([(p, t) for p in range(len(patterns)) for t in held[first:last]], draws)
             for name, held in things.items()

@@ -22,12 +22,14 @@ from mechdiff.data.prompts import Prompt
 from mechdiff.errors import FitError, PromptError
 from mechdiff.functional.correlation import bootstrap_correlation
 from mechdiff.functional.metrics import kl_divergence
+from mechdiff.functional.correlation import bootstrap_correlation
+from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import bootstrap_mean, bootstrap_ratio, generator, measurable
-from mechdiff.interventions.rounding import rounded
+from mechdiff.interventions.rounding import HALF, rounded
 from mechdiff.modules.base import DiffModule, estimated, missing
 from mechdiff.pairs.alignment import encode
 from mechdiff.pairs.fairness import FilterReport, filter_shared
-from mechdiff.pairs.loading import LoadedPair
+from mechdiff.pairs.loading import LoadedModel, LoadedPair
 from mechdiff.results import Record
 
 T = TypeVar("T")
@@ -205,10 +207,11 @@ class CausalEvaluation(Callback):
 
 
 def rounding_floor(pair: LoadedPair, prompts: Sequence[Prompt]) -> float:
-    """Return the divergence of tuned from itself with its weights rounded to bfloat16, nats.
+    """Return how far a model of the pair is from itself with its weights rounded to bfloat16, nats.
 
-    A pair of which one model was saved in half precision differs by as much for no other reason. In half
-    precision there is nothing to round, and the floor is 0.
+    A pair of which one model was saved in half precision differs by as much for no other reason: that model
+    is round already, so the larger number of the two counts. Of models that run in half precision there is
+    nothing to round, and the floor is 0.
 
     Args:
         pair: The models.
@@ -218,11 +221,18 @@ def rounding_floor(pair: LoadedPair, prompts: Sequence[Prompt]) -> float:
     key = tuple(p.text for p in few)
     held = _ROUNDING.setdefault(pair, {})
     if key not in held:
-        model, tokens = pair.tuned.model, [encode(pair.tuned.tokenizer, p.text).input_ids for p in few]
-        plain = _ends(model, tokens)
-        with rounded(model):
-            held[key] = float(kl_divergence(plain, _ends(model, tokens)).mean())
+        held[key] = max(_rounding(loaded, few) for loaded in (pair.base, pair.tuned))
     return held[key]
+
+
+@torch.no_grad()
+def _rounding(loaded: LoadedModel, prompts: Sequence[Prompt]) -> float:
+    if loaded.model.dtype in HALF:
+        return 0.0
+    texts = [encode(loaded.tokenizer, p.text).input_ids[: loaded.context_length] for p in prompts]
+    plain = _ends(loaded.model, texts)
+    with rounded(loaded.model):
+        return float(kl_divergence(plain, _ends(loaded.model, texts)).mean())
 
 
 def _ends(model: PreTrainedModel, tokens: Sequence[Sequence[int]]) -> Tensor:

@@ -32,7 +32,7 @@ OBVIOUS = [
     Case("rotate", 1.0, 8, 0),
     Case("key", 1.0, 8, 0),
 ]
-SILENT = [Case(kind, 0.0, 8, 0) for kind in NULLS]
+SILENT = [Case(kind, 0.0, 16 if kind == "halves" else 8, 0) for kind in NULLS]
 
 
 def base_model():
