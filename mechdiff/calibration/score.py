@@ -239,9 +239,8 @@ def _cell(key: tuple[Any, ...], counts: Sequence[Count]) -> dict[str, Any]:
 
 def _summary(key: tuple[Any, ...], values: Sequence[float]) -> dict[str, Any]:
     question, quantity, method, unit, kind, strength, prompts = key
-    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(
-        torch.tensor([0.25, 0.5, 0.75]).double()
-    )
+    ends = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(ends).tolist()
     return {
         "question": question,
         "quantity": quantity,
