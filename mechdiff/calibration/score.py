@@ -34,6 +34,8 @@ TARGETS = {
 """What is wanted of clearly measurable cases, at least; of false positives, at most."""
 AIMED = {"onset_within_one": ("patch", "graft"), "heads_first": ("own_change", "graft")}
 """Methods that a target applies to, where it is not all of them."""
+PROPOSE = ("divergence", "r2_delta")
+"""Methods that say where or how models differ, however little; whether they do is for others to say."""
 
 
 class Count(NamedTuple):
@@ -220,7 +222,7 @@ def _cell(key: tuple[Any, ...], counts: Sequence[Count]) -> dict[str, Any]:
     question, quantity, method, kind, strength, prompts = key
     successes, trials = (sum(getattr(count, part) for count in counts) for part in ("successes", "trials"))
     found = binomial_interval(successes, trials)
-    applies = method in AIMED.get(quantity, (method,)) and strength is None
+    applies = strength is None and method not in PROPOSE and method in AIMED.get(quantity, (method,))
     return {
         "question": question,
         "quantity": quantity,
