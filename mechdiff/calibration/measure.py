@@ -52,7 +52,7 @@ READINGS = 40
 
 def ask_layers(pair: LoadedPair, prompts: Sequence[Prompt], states: CaseStates, seed: int) -> Found:
     """Ask at which layer an effect enters, by patch and by graft, and where states differ most."""
-    module = Divergence(**states.options(states.states[0]), seed=seed)
+    module = Divergence(**states.options(list(states.states[0])), seed=seed)
     asked = [p for p in prompts if p.label == "target"]
     count = sum(p.split == "dev" for p in asked)
     patch = LayerPatch(count, max_prompts=SEPARATELY, everywhere_prompts=0, effect_prompts=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -21,6 +22,7 @@ from mechdiff.pairs.organisms import (
     plant_weights,
     with_rounding,
 )
+from mechdiff.pairs.organisms.weights import Mode
 
 SPREAD = 5
 """Blocks of a distributed change."""
@@ -83,14 +85,9 @@ def plant(base: LoadedModel, case: Case, prompts: Sequence[Prompt], seed: int) -
         planted = plant_weights(base, [f"block.{layer}" for layer in chosen], strength, seed=own)
     else:
         mode, strength = ("flip", 1.0) if kind == "swapped" else (kind, strength)
-        heads = torch.randint(base.num_heads, (HEADS,), generator=draws).tolist()
-        planted = plant_heads(
-            base,
-            list(zip(sorted(blocks[:HEADS]), heads, strict=False)),
-            mode,
-            strength,
-            own,  # type: ignore[arg-type]
-        )
+        drawn = torch.randint(base.num_heads, (HEADS,), generator=draws).tolist()
+        heads = list(zip(sorted(blocks[:HEADS]), drawn, strict=False))
+        planted = plant_heads(base, heads, cast(Mode, mode), strength, own)
     return with_rounding(planted)
 
 

@@ -30,7 +30,7 @@ from mechdiff.errors import ConfigError
 from mechdiff.interventions.sites import Site
 from mechdiff.pairs.loading import LoadedModel, load_model
 from mechdiff.pairs.organisms import planted_pair
-from mechdiff.pairs.spec import ModelSpec
+from mechdiff.pairs.spec import ModelId, ModelSpec
 
 RAW = "cases.jsonl"
 
@@ -47,7 +47,7 @@ def load_base(identity: str, device: str) -> LoadedModel:
     Raises:
         PairError: If it cannot be had.
     """
-    return load_model(ModelSpec(id=identity), device=device)
+    return load_model(ModelSpec(id=ModelId(identity)), device=device)
 
 
 def measure(base: LoadedModel, case: Case, seed: int) -> Line:

@@ -118,9 +118,9 @@ def plant_heads(
     seen: set[tuple[int, int]] = set()
     for layer, head in sorted(heads):
         part = _part(model, layer, head, mode)
-        if (layer, part.index) in seen:  # keys that another of the heads shares
+        if (layer, part.place) in seen:  # keys that another of the heads shares
             continue
-        seen.add((layer, part.index))
+        seen.add((layer, part.place))
         name, weight = next(
             (n, p) for n, p in component_tensors(model, f"attn.{layer}").items() if p is part.weight
         )
@@ -188,7 +188,7 @@ class _Part(NamedTuple):
     """What a head has of a projection: the whole weight, the number of the part, and a view of it."""
 
     weight: Tensor
-    index: int
+    place: int
     rows: Tensor
 
 
@@ -198,6 +198,7 @@ def _part(model: PreTrainedModel, layer: int, head: int, mode: Mode) -> _Part:
         assert view._base is not None
         return _Part(view._base, head, view[head])
     weight = projections(model, layer)["q_proj" if mode == "query" else "k_proj"].weight
+    assert isinstance(weight, Tensor)
     heads = num_heads(model)
     count = heads if mode == "query" else key_heads(model)
     index = head // (heads // count)
