@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mechdiff.calibration.cases import CLEAR_NATS, NULLS
-from mechdiff.functional.proportions import binomial_interval
+from mechdiff.calibration.cells import Calibration, Cell
 from mechdiff.functional.selection import ONSET_FLOOR, largest, onset
 
 Line = Mapping[str, Any]
@@ -58,7 +58,7 @@ class Number(NamedTuple):
     unit: str
 
 
-def table(lines: Sequence[Line]) -> dict[str, list[dict[str, Any]]]:
+def table(lines: Sequence[Line]) -> Calibration:
     """Return the cells and the numbers of all lines, in a fixed order.
 
     Args:
@@ -72,10 +72,10 @@ def table(lines: Sequence[Line]) -> dict[str, list[dict[str, Any]]]:
                 counts[(*count[:3], name, strength, prompts)].append(count)
             for number in numbers_of(line):
                 numbers[(*number[:3], number.unit, name, strength, prompts)].append(number.value)
-    return {
-        "cells": [_cell(key, counts[key]) for key in sorted(counts, key=_order)],
-        "numbers": [_summary(key, numbers[key]) for key in sorted(numbers, key=_order)],
-    }
+    return Calibration(
+        [_cell(key, counts[key]) for key in sorted(counts, key=_order)],
+        numbers=[_summary(key, numbers[key]) for key in sorted(numbers, key=_order)],
+    )
 
 
 def judge(line: Line) -> Iterator[Count]:
@@ -218,25 +218,13 @@ def _places(line: Line) -> Iterator[tuple[str, float | None, int]]:
         yield "any planted", None, prompts
 
 
-def _cell(key: tuple[Any, ...], counts: Sequence[Count]) -> dict[str, Any]:
+def _cell(key: tuple[Any, ...], counts: Sequence[Count]) -> Cell:
     question, quantity, method, kind, strength, prompts = key
     successes, trials = (sum(getattr(count, part) for count in counts) for part in ("successes", "trials"))
-    found = binomial_interval(successes, trials)
     applies = strength is None and method not in PROPOSE and method in AIMED.get(quantity, (method,))
-    return {
-        "question": question,
-        "quantity": quantity,
-        "method": method,
-        "kind": kind,
-        "strength": strength,
-        "prompts": prompts,
-        "successes": successes,
-        "trials": trials,
-        "estimate": found.value,
-        "low": found.low,
-        "high": found.high,
-        "target": TARGETS.get(quantity) if applies else None,
-    }
+    about = {"question": question, "quantity": quantity, "method": method, "kind": kind}
+    about |= {"strength": strength, "prompts": prompts, "target": TARGETS.get(quantity) if applies else None}
+    return Cell.count(successes, trials, **about)
 
 
 def _summary(key: tuple[Any, ...], values: Sequence[float]) -> dict[str, Any]:

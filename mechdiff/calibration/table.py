@@ -1,19 +1,17 @@
-"""Write the table of a calibration, with where it comes from."""
+"""Write the table of a calibration and its page, with where it comes from."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mechdiff.calibration.cases import CLEAR_NATS, TUNING_SEED, Case
+from mechdiff.calibration.cells import FILE, read_calibration, write_calibration
+from mechdiff.calibration.report import INTERVALS, write
 from mechdiff.calibration.run import case_of, read_lines
 from mechdiff.calibration.score import CLOSE_DEGREES, table
 from mechdiff.provenance import software
-
-TABLE = "calibration.json"
 
 
 def write_table(folder: Path, seed: int, cases: Sequence[Case]) -> list[Path]:
@@ -29,12 +27,11 @@ def write_table(folder: Path, seed: int, cases: Sequence[Case]) -> list[Path]:
     """
     wanted = set(cases)
     lines = sorted((line for line in read_lines(folder) if case_of(line) in wanted), key=case_of)
-    path = folder / TABLE
-    part = path.with_name(f"{TABLE}.{os.getpid()}.part")
-    body = {"provenance": _provenance(lines, seed), **table(lines)}
-    part.write_text(json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
-    return [path]
+    found = table(lines)
+    if (folder / FILE).is_file():  # what was counted without models stays
+        found.cells += [c for c in read_calibration(folder).cells if c.question == INTERVALS]
+    found.provenance = _provenance(lines, seed)
+    return [write_calibration(found, folder), *write(folder)]
 
 
 def _provenance(lines: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:

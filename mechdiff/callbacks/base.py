@@ -22,8 +22,6 @@ from mechdiff.data.prompts import Prompt
 from mechdiff.errors import FitError, PromptError
 from mechdiff.functional.correlation import bootstrap_correlation
 from mechdiff.functional.metrics import kl_divergence
-from mechdiff.functional.correlation import bootstrap_correlation
-from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import bootstrap_mean, bootstrap_ratio, generator, measurable
 from mechdiff.interventions.rounding import HALF, rounded
 from mechdiff.modules.base import DiffModule, estimated, missing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from mechdiff.calibration import run as running
 from mechdiff.calibration.cases import NULLS, QUESTIONS, TUNING_SEED, Case, grid
+from mechdiff.calibration.cells import read_calibration
 from mechdiff.calibration.planting import case_prompts, plant
 from mechdiff.calibration.run import finished, read_lines, run_cases
 from mechdiff.calibration.score import PROPOSE, table
@@ -49,7 +51,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory):
 
 
 def cells_of(lines, **where):
-    found = [c for c in table(lines)["cells"] if all(c[k] == v for k, v in where.items())]
+    found = [c for c in map(asdict, table(lines).cells) if all(c[k] == v for k, v in where.items())]
     assert found, where
     return found
 
@@ -112,15 +114,13 @@ def test_the_table_depends_on_what_was_found_alone(calibrated, tmp_path):
     lines = read_lines(calibrated[0])
     mixed = random.Random(0).sample(lines, len(lines))
     assert table(mixed) == table(lines)
-    assert len(
-        {
-            (c["question"], c["quantity"], c["method"], c["kind"], c["strength"], c["prompts"])
-            for c in table(lines)["cells"]
-        }
-    ) == len(table(lines)["cells"])
-    (path,) = write_table(calibrated[0], SEED, [*OBVIOUS, *SILENT])
+    places = ("question", "quantity", "method", "kind", "strength", "prompts")
+    keys = [tuple(getattr(cell, place) for place in places) for cell in table(lines).cells]
+    assert len(set(keys)) == len(keys)
+    path, page, *_ = write_table(calibrated[0], SEED, [*OBVIOUS, *SILENT])
     body = json.loads(path.read_text())
-    assert body["cells"] == json.loads(json.dumps(table(sorted(lines, key=running.case_of))["cells"]))
+    assert read_calibration(path.parent).cells == table(lines).cells
+    assert "onset within one" in page.read_text(encoding="utf-8")
     assert body["provenance"]["seed"] == SEED
     assert body["provenance"]["tuning_seed"] == TUNING_SEED != TABLE_SEED
     assert body["provenance"]["cases"] == len(lines)
