@@ -1,4 +1,4 @@
-# make env · make demo · make study · make test · make torture · make bench · make lint · make docs
+# make env · make demo · make study · make calibrate · make test · make torture · make bench · make lint · make docs
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -8,10 +8,11 @@ DOCS   := $(VENV)/.docs
 PEERS  := .venv-bench
 PINNED := --constraint constraints.txt --constraint benchmarks/peers.txt
 CONFIG ?= configs/clt_cultural.yaml
+PROCESSES ?= 1
 PAIRS  ?= configs/pairs/cultural_smol.yaml configs/pairs/cognitive_smol.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo study notebooks test torture bench lint docs format clean
+.PHONY: help env demo study notebooks calibrate test torture bench lint docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +35,9 @@ study: env ## run RQ1 to RQ4 on both embedded pairs and write one report (ARGS="
 
 notebooks: env ## run the notebooks on the embedded pair and keep what they show
 	$(VENV)/bin/jupyter-execute --inplace --NotebookClient.record_timing=False mechdiff/notebooks/*.ipynb
+
+calibrate: env ## plant known differences in the embedded base and count what is found (PROCESSES=8)
+	$(PY) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m mechdiff calibrate $(ARGS)
 
 test: env ## run the test suite (ARGS="-k hooks" selects)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)

@@ -14,6 +14,7 @@ VERBS = {
     "study": "run RQ1 to RQ4 of one or more pairs, resume what was cut off, and write one report",
     "report": "draw one page from the records of runs, without a model",
     "replicate": "say how much of a pair's numbers belongs to the seed of its training, from several studies",
+    "calibrate": "plant differences whose answer is known, and count how often the methods find them",
     "doctor": "say what is installed, which models and stores are in reach, and what is wrong",
 }
 
@@ -46,7 +47,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {name:<10}{what}" for name, what in VERBS.items())
+    verbs = "\n".join(f"  {name:<11}{what}" for name, what in VERBS.items())
     usage = "usage: mechdiff [--version] <command> [--help] ..."
     more = f'Shell completion: eval "$(mechdiff {COMPLETION})" in bash, or in zsh after bashcompinit.'
     return f"{usage}\n\ncommands:\n{verbs}\n\nFit and test with train.py and evaluate.py.\n{more}"

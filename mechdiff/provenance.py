@@ -29,11 +29,7 @@ def provenance(pair: LoadedPair, seed: int, stores: Mapping[str, str]) -> dict[s
     """
     files = [*pair.spec.prompts, *([pair.spec.openings] if pair.spec.openings else [])]
     return {
-        "mechdiff": mechdiff.__version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        **software(),
         "seed": seed,
         "device": str(pair.device),
         "dtype": pair.spec.dtype,
@@ -42,6 +38,17 @@ def provenance(pair: LoadedPair, seed: int, stores: Mapping[str, str]) -> dict[s
         "shared_vocabulary": pair.shared.size,
         "prompts": {Path(f).name: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files},
         "stores": dict(stores),
+    }
+
+
+def software() -> dict[str, Any]:
+    """Describe the code and what it runs on."""
+    return {
+        "mechdiff": mechdiff.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: metadata.version(name) for name in PACKAGES},
     }
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "args", [["completion"], *([verb, "--help"] for verb in ("study", "report", "doctor"))]
+    "args", [["completion"], *([verb, "--help"] for verb in ("study", "report", "calibrate", "doctor"))]
 )
 def test_help_of_a_verb_loads_no_heavy_library(args: list[str]) -> None:
     code = (

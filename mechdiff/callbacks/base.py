@@ -9,23 +9,31 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import track
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mechdiff.config import SEED
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import FitError, PromptError
 from mechdiff.functional.correlation import bootstrap_correlation
+from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import bootstrap_mean, bootstrap_ratio, generator, measurable
+from mechdiff.interventions.rounding import HALF, rounded
 from mechdiff.modules.base import DiffModule, estimated, missing
+from mechdiff.pairs.alignment import encode
 from mechdiff.pairs.fairness import FilterReport, filter_shared
-from mechdiff.pairs.loading import LoadedPair
+from mechdiff.pairs.loading import LoadedModel, LoadedPair
 from mechdiff.results import Record
 
 T = TypeVar("T")
+ROUNDED_PROMPTS = 8
+"""Prompts on which the effect of rounding is measured."""
+_ROUNDING: WeakKeyDictionary[LoadedPair, dict[tuple[str, ...], float]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class CausalEvaluation(Callback):
         self.results: list[Record] = []
         self.items: list[Item] = []
         self.origin: dict[str, Any] = {}  # what else the numbers come from, for the provenance of the run
+        self.rounding = 0.0  # nats that rounding the weights makes; no smaller gap is divided by
         self.progress = False
         self._pair: Callable[[], LoadedPair] | None = None
         self._prompts: Sequence[Prompt] = ()
@@ -120,6 +129,7 @@ class CausalEvaluation(Callback):
         self.items, self.progress = [], trainer.progress_bar_callback is not None
         # Lightning tests in inference mode, whose tensors can never carry a gradient; these may need one.
         with torch.inference_mode(False), torch.no_grad():
+            self.rounding = self.origin["rounding_nats"] = rounding_floor(self._pair(), self._prompts)
             self.results = list(self.evaluate(pl_module, self._pair(), prompts))
 
     def track(self, steps: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
@@ -143,14 +153,15 @@ class CausalEvaluation(Callback):
         return estimated(quantity, bootstrap_mean(values, generator=self._generator(quantity, about)), about)
 
     def gap(self, values: Tensor, floor: float, about: dict[str, Any]) -> bool:
-        """Say whether a mean over prompts is large enough to divide by.
+        """Say whether a mean over prompts is large enough to divide by: more than rounding explains.
 
         Args:
             values: One number per prompt, ``(n,)``.
             floor: What it is when nothing differs.
             about: Attributes of the record that divides by it.
         """
-        return measurable(bootstrap_mean(values, generator=self._generator("gap", about)), floor)
+        gap = bootstrap_mean(values, generator=self._generator("gap", about))
+        return measurable(gap, max(floor, self.rounding))
 
     def ratio(
         self, numerator: Tensor, denominator: Tensor, floor: float, quantity: str, **about: Any
@@ -191,6 +202,42 @@ class CausalEvaluation(Callback):
     def _generator(self, quantity: str, about: dict[str, Any]) -> torch.Generator:
         """The same resamples for an arm and its controls."""
         return generator(self.seed, quantity, about.get("site"), about.get("positions"))
+
+
+def rounding_floor(pair: LoadedPair, prompts: Sequence[Prompt]) -> float:
+    """Return how far a model of the pair is from itself with its weights rounded to bfloat16, nats.
+
+    A pair of which one model was saved in half precision differs by as much for no other reason: that model
+    is round already, so the larger number of the two counts. Of models that run in half precision there is
+    nothing to round, and the floor is 0.
+
+    Args:
+        pair: The models.
+        prompts: All prompts of the pair, of which a few of split eval are read, if there are any.
+    """
+    few = spread([p for p in prompts if p.split == "eval"] or prompts, ROUNDED_PROMPTS)
+    key = tuple(p.text for p in few)
+    held = _ROUNDING.setdefault(pair, {})
+    if key not in held:
+        held[key] = max(_rounding(loaded, few) for loaded in (pair.base, pair.tuned))
+    return held[key]
+
+
+@torch.no_grad()
+def _rounding(loaded: LoadedModel, prompts: Sequence[Prompt]) -> float:
+    if loaded.model.dtype in HALF:
+        return 0.0
+    texts = [encode(loaded.tokenizer, p.text).input_ids[: loaded.context_length] for p in prompts]
+    plain = _ends(loaded.model, texts)
+    with rounded(loaded.model):
+        return float(kl_divergence(plain, _ends(loaded.model, texts)).mean())
+
+
+def _ends(model: PreTrainedModel, tokens: Sequence[Sequence[int]]) -> Tensor:
+    """Return next-token log-probabilities after each text, `(texts, vocabulary)`."""
+    batches = (torch.tensor([ids], device=model.device) for ids in tokens)
+    rows = [model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1] for ids in batches]
+    return torch.stack(rows).double().log_softmax(-1)
 
 
 def readable(pair: LoadedPair, prompts: Sequence[Prompt]) -> tuple[list[Prompt], FilterReport]:

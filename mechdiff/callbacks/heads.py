@@ -42,6 +42,7 @@ from mechdiff.callbacks.head_truth import HeadTruth
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
 from mechdiff.functional.attribution import COMPLETENESS_LIMIT
+from mechdiff.functional.metrics import kl_divergence
 from mechdiff.interventions.head_runs import Baseline, clean_states
 from mechdiff.interventions.sites import Site
 from mechdiff.modules.base import DiffModule, missing
@@ -146,6 +147,8 @@ class Heads(CausalEvaluation):
         cases = find_cases(pair, prompts, self.metric, self.max_prompts)
         tables, means = begin(cases, pair), means_of(cases)
         measure(cases, tables, means, self.track(range(len(cases.prompts)), "heads"), pair)
+        if not self._differ(cases):
+            tables.apart = tables.apart or "gap_too_small"
         records = HeadRecords(cases, tables, self.seed, self.nulls)
         self._keep(cases, tables)
         main = cases.counterfactual
@@ -184,6 +187,11 @@ class Heads(CausalEvaluation):
         if self.refusal_prompts and pair.spec.openings and tables.apart is None:
             openings, few = read_openings(Path(pair.spec.openings)), self._few(cases, self.refusal_prompts)
             yield from refusal_churn(records, openings, few, self.refusal_heads, self.track)
+
+    def _differ(self, cases: Cases) -> bool:
+        """Say whether the models differ by more than rounding; where they are equal, no change is a fact."""
+        nats = kl_divergence(cases.log_p["base"], cases.log_p["tuned"])
+        return not nats.any() or self.gap(nats, 0.0, {"positions": "last"})
 
     def _integrated(self, cases: Cases, records: HeadRecords, means: dict[str, Baseline]) -> Iterator[Record]:
         """Yield integrated gradients of every head, and the completeness error of every layer."""

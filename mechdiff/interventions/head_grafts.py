@@ -24,7 +24,7 @@ _PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def group(model: PreTrainedModel, head: int) -> list[int]:
     """List the query heads that share keys and values with a head, itself among them."""
-    size = num_heads(model) // _key_heads(model)
+    size = num_heads(model) // key_heads(model)
     return list(range(head // size * size, (head // size + 1) * size))
 
 
@@ -50,11 +50,11 @@ def head_graft(
     heads = num_heads(recipient)
     if not 0 <= head < heads:
         raise UsageError(f"head {head} is out of range; allowed: 0 to {heads - 1} (key: head)")
-    shared = head // (heads // _key_heads(recipient))
-    own, other = (_projections(model, layer) for model in (recipient, donor))
+    shared = head // (heads // key_heads(recipient))
+    own, other = (projections(model, layer) for model in (recipient, donor))
     pairs: list[tuple[Tensor, Tensor]] = []
     for name, index in zip(_PARTS, (head, shared, shared, head), strict=True):
-        count = heads if name in ("q_proj", "o_proj") else _key_heads(recipient)
+        count = heads if name in ("q_proj", "o_proj") else key_heads(recipient)
         for kind, tensor in own[name].named_parameters(recurse=False):
             new = dict(other[name].named_parameters(recurse=False)).get(kind)
             if new is None or new.shape != tensor.shape:
@@ -76,7 +76,12 @@ def _mixed(own: Tensor, other: Tensor, axis: int, count: int, index: int) -> Ten
     return mixed.index_copy(axis, here, other.detach().to(own).index_select(axis, here))
 
 
-def _projections(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
+def projections(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
+    """Return the projections of queries, keys, values and output of a block, by name.
+
+    Raises:
+        PairError: If the model has no separate ones.
+    """
     (attention,) = component_modules(model, f"attn.{layer}")
     found = {
         name.rsplit(".", 1)[-1]: module
@@ -91,6 +96,7 @@ def _projections(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
     return {name: found[name] for name in _PARTS}
 
 
-def _key_heads(model: PreTrainedModel) -> int:
+def key_heads(model: PreTrainedModel) -> int:
+    """Count the heads of keys and values of a block."""
     config = model.config.get_text_config(decoder=True)
     return int(getattr(config, "num_key_value_heads", None) or num_heads(model))

@@ -1,6 +1,7 @@
 """Planted differences: what is said to be changed is changed, and nothing else."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from mechdiff.errors import PairError, SiteError
 from mechdiff.functional.weights import effective_rank, singular_values, stable_rank
+from mechdiff.interventions.grafts import graft
 from mechdiff.interventions.hooks import record
 from mechdiff.interventions.sites import Site
 from mechdiff.pairs.alignment import encode
@@ -17,8 +19,11 @@ from mechdiff.pairs.organisms import (
     plant_heads,
     plant_null,
     plant_policy,
+    plant_relay,
+    plant_vocabulary,
     plant_weights,
     planted_pair,
+    with_rounding,
 )
 from tests.models import ARCHITECTURES, tiny_config, tiny_model, tokens
 from tests.toys import loaded, prompts
@@ -65,6 +70,9 @@ PLANTS = {
     "policy": lambda m: plant_policy(m, 1, TOPICS[:2], neutral=NEUTRAL),
     "flip": lambda m: plant_heads(m, [(2, 1), (0, 3), (2, 0)]),
     "rotate": lambda m: plant_heads(m, [(1, 1)], mode="rotate", strength=0.5),
+    "query": lambda m: plant_heads(m, [(1, 1), (1, 2)], mode="query"),
+    "key": lambda m: plant_heads(m, [(2, 1), (2, 0)], mode="key", strength=0.5),
+    "relay": lambda m: plant_relay(m, 0, 2, TOPICS[0], neutral=NEUTRAL),
     "copy": lambda m: plant_null(m, "copy"),
     "bf16": lambda m: plant_null(m, "bf16"),
 }
@@ -178,6 +186,75 @@ def test_a_rotated_head_keeps_its_size_and_strength_scales_the_change(base):
     assert (deltas[0] * 0.1 - deltas[1]).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize(("mode", "names"), [("query", ["q_proj"]), ("key", ["k_proj"])])
+def test_where_a_head_looks_changes_for_those_that_share_it(base, mode, names):
+    tuned, truth = plant_heads(base, [(2, 1)], mode)
+    assert truth.heads == (((2, 1),) if mode == "query" else ((2, 0), (2, 1)))  # four heads, two of keys
+    assert [name.split(".")[-2] for name in truth.tensors] == names
+    ids, site = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0)), Site(2, "head_out")
+    seen = {}
+    for model in (base, tuned):
+        with record(model.model, [site]) as kept, torch.no_grad():
+            model.model(ids)
+        seen[model.role] = kept[site]
+    moved = (seen["base"] - seen["tuned"]).abs().amax(dim=(0, 1, 3)) > 0
+    assert [(2, head) for head in moved.nonzero()[:, 0].tolist()] == list(truth.heads)
+
+
+def test_a_relay_needs_both_of_its_blocks(base):
+    """What reading adds has the size that was asked for; without the write there is a tenth of it or less."""
+    tuned, truth = plant_relay(base, 0, 2, TOPICS[0], 1.0, NEUTRAL)
+    assert (truth.layers, truth.components, truth.rank) == ((0, 2), ("mlp.0", "mlp.2"), 1)
+    usual = residuals(base, TOPICS[0], 2)
+    size = usual[0][usual[1]].norm(dim=-1).median()
+    deltas = {}
+    for name, donor in (("both", None), ("read", "block.0"), ("write", "block.2")):
+        with graft(tuned.model, base.model, donor) if donor else nullcontext():
+            now, last = residuals(tuned, TOPICS[0], 2)
+        deltas[name] = (now - usual[0])[last].norm(dim=-1).median() / size
+    assert deltas["both"] == pytest.approx(1, abs=0.25)
+    assert deltas["read"] < 0.2
+    assert deltas["write"] < 0.2
+
+
+def test_another_vocabulary_is_the_same_function_of_the_same_text(base):
+    tuned, truth = plant_vocabulary(base, extra=5)
+    pair = planted_pair(base, tuned)
+    assert len(tuned.tokenizer) == len(base.tokenizer) + 5
+    assert pair.shared.size == len(base.tokenizer)
+    assert truth.components == ("embed", "head")
+    text = "why do horses like old bread"
+    logits, states = [], []
+    for model, shared in ((base, pair.shared.base_ids), (tuned, pair.shared.tuned_ids)):
+        ids = torch.tensor([encode(model.tokenizer, text).input_ids])
+        with record(model.model, [Site(2)]) as seen, torch.no_grad():
+            logits.append(model.model(ids).logits[..., shared])
+        states.append(seen[Site(2)])
+        logits.append(ids)
+    assert logits[1].shape == logits[3].shape
+    assert not torch.equal(logits[1], logits[3])
+    assert torch.equal(*states)
+    assert torch.equal(logits[0], logits[2])
+    assert base.tokenizer.decode(logits[1][0]) == tuned.tokenizer.decode(logits[3][0])
+
+
+def test_rounding_spares_what_was_planted():
+    base = loaded()
+    tuned, truth = plant_heads(base, [(1, 1)])
+    both, same = with_rounding((tuned, truth))
+    assert same is truth
+    assert both.fingerprint != tuned.fingerprint
+    now, before = (dict(m.model.named_parameters()) for m in (both, tuned))
+    for name, weight in now.items():
+        if name in truth.tensors:
+            assert torch.equal(weight, before[name])
+        else:
+            assert torch.equal(weight, before[name].bfloat16().float())
+    assert changed_tensors(base, both) > set(truth.tensors)
+    with pytest.raises(PairError, match="bfloat16; allowed: float32"):
+        with_rounding(plant_null(loaded(dtype=torch.bfloat16)))
+
+
 def test_nulls_are_equal_or_nearly(base):
     single = loaded()
     ids = tokens(2, 9)
@@ -201,9 +278,11 @@ def test_every_architecture_can_be_edited(arch):
         plant_weights(base, ["block.1"], 0.1),
         plant_heads(base, [(1, 2), (1, 0)]),
         plant_policy(base, 1, TOPICS[:1]),
+        plant_relay(base, 0, 1, TOPICS[0]),
+        plant_vocabulary(base),
     ):
         assert changed_tensors(base, tuned) == set(truth.tensors)
-        assert all(".1." in name for name in truth.tensors)
+        assert all(".1." in name for name in truth.tensors if truth.layers == (1,))
 
 
 def test_a_copy_of_tied_tables_is_tied():
@@ -235,7 +314,12 @@ def test_two_models_in_memory_make_a_pair(base):
         (lambda m: plant_heads(m, [(0, 4)]), PairError, "0 to 3"),
         (lambda m: plant_heads(m, [(0, 1), (0, 1)]), PairError, "distinct"),
         (lambda m: plant_heads(m, [(7, 1)]), SiteError, "heads"),
-        (lambda m: plant_heads(m, [(0, 1)], mode="spin"), PairError, "flip, rotate"),
+        (lambda m: plant_heads(m, [(0, 1)], mode="spin"), PairError, "flip, rotate, query, key"),
+        (lambda m: plant_heads(m, [(5, 0)], "key"), SiteError, "0 to 3"),
+        (lambda m: plant_relay(m, 2, 1, TOPICS[0]), PairError, "the first block below the second"),
+        (lambda m: plant_relay(m, 0, 1, []), PairError, "0 messages"),
+        (lambda m: plant_relay(m, 0, 1, TOPICS[0], carrier=0.0), PairError, "strength is 0.0"),
+        (lambda m: plant_vocabulary(m, extra=-1), PairError, "extra is -1"),
         (lambda m: plant_heads(m, [(0, 1)], strength=1.5), PairError, "strength is 1.5"),
         (lambda m: plant_null(m, "noise"), PairError, "copy, bf16"),
     ],

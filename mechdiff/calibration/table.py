@@ -1,0 +1,49 @@
+"""Write the table of a calibration and its page, with where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mechdiff.calibration.cases import CLEAR_NATS, TUNING_SEED, Case
+from mechdiff.calibration.cells import FILE, read_calibration, write_calibration
+from mechdiff.calibration.report import INTERVALS, write
+from mechdiff.calibration.run import case_of, read_lines
+from mechdiff.calibration.score import CLOSE_DEGREES, table
+from mechdiff.provenance import software
+
+
+def write_table(folder: Path, seed: int, cases: Sequence[Case]) -> list[Path]:
+    """Judge the lines of a folder and write the table.
+
+    Args:
+        folder: Where the lines are, and where the table goes.
+        seed: Of the calibration.
+        cases: Those that count; others in the folder do not.
+
+    Returns:
+        The files.
+    """
+    wanted = set(cases)
+    lines = sorted((line for line in read_lines(folder) if case_of(line) in wanted), key=case_of)
+    found = table(lines)
+    if (folder / FILE).is_file():  # what was counted without models stays
+        found.cells += [c for c in read_calibration(folder).cells if c.question == INTERVALS]
+    found.provenance = _provenance(lines, seed)
+    return [write_calibration(found, folder), *write(folder)]
+
+
+def _provenance(lines: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    return {
+        **software(),
+        "seed": seed,
+        "tuning_seed": TUNING_SEED,
+        "seeds": "thresholds and defaults were looked at with tuning_seed only; no draw depends on both",
+        "base": sorted({line["base"] for line in lines}),
+        "devices": sorted({line["device"] for line in lines}),
+        "cases": len(lines),
+        "cpu_seconds": round(sum(line["cpu_seconds"] for line in lines)),
+        "clear_nats": CLEAR_NATS,
+        "close_degrees": CLOSE_DEGREES,
+    }
