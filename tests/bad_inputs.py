@@ -351,7 +351,7 @@ CHECKPOINTS = [
 ]
 
 COMMANDS = [
-    Bad("unknown command 'studdy'; allowed: extract, export, study, report, replicate, doctor", verb="studdy"),
+    Bad("unknown command 'studdy'; allowed: extract, export, study, report, replicate, calibrate, doctor", verb="studdy"),
     Bad("the following arguments are required: RUN; --help lists what is allowed", f"--token={TOKEN}", "report"),
     Bad("the following arguments are required: RUN; --help lists what is allowed", verb="report"),
     Bad("cannot read {now}/none: No such file or directory; expected a results.json written by a run", "{now}/none", "report"),
