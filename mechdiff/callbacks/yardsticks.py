@@ -208,7 +208,8 @@ def _prices(earlier: Sequence[Record]) -> Iterator[Record]:
             continue
         for r in earlier:
             same = (r.site, r.params.get("edit"), r.params.get("k")) == (handle.site, edit, int(handle.value))
-            if r.quantity == "side_effect_bpb" and r.split == "eval" and same and r.value is not None:
+            whole = r.quantity == "side_effect_bpb" and r.split == "eval" and "gate" not in r.params
+            if whole and same and r.value is not None:
                 yield r
 
 

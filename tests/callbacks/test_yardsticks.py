@@ -120,6 +120,7 @@ def test_weights_are_read_at_the_price_of_a_handle(found, tmp_path):
         )
         for x, edit, k in ((cost, "mapped", 2), (0.0, "add", 1), (9.0, "interchange", 2), (9.0, "mapped", 1))
     ]
+    gated = replace(costs[0], value=9.0, params={**costs[0].params, "gate": "linear"})
     chosen = [
         Record(quantity="chosen_handle", value=float(k), split="dev", params={"edit": edit}, **about)
         for edit, k in (("mapped", 2), ("add", 1), ("interchange", 2))
@@ -128,7 +129,7 @@ def test_weights_are_read_at_the_price_of_a_handle(found, tmp_path):
     fast = tokenizer(300, WITH_SYSTEM)
     base, tuned = replace(base, tokenizer=fast), replace(tuned, tokenizer=fast)
     callback = Yardsticks(lambdas=(0.5, 1.0), max_targets=8, max_neutral=6, answer_chars=4)
-    callback.earlier = [*costs, *chosen]
+    callback.earlier = [*costs, gated, *chosen]
     again = measure(callback, None, pair_of(base, tuned, tmp_path), texts("eval"))
     same, nothing = again.select(edit="weights_at_equal_cost")
     assert same.params["handle"] == "mapped, k = 2, α = 1"
