@@ -137,13 +137,14 @@ def test_they_run_in_order_on_a_tiny_pair(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_what_is_stored_is_small_whole_and_of_no_one_machine(file: Path) -> None:
+def test_what_is_stored_is_small_of_one_run_and_of_no_one_machine(file: Path) -> None:
     notebook = nbformat.read(file, as_version=4)
     nbformat.validate(notebook)
     assert file.stat().st_size < MOST
-    assert max(map(len, pictures(notebook))) < MOST_PICTURE
+    assert max(map(len, pictures(notebook)), default=0) < MOST_PICTURE
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    counts = [cell.execution_count for cell in code]
+    assert counts in ([None] * len(code), list(range(1, len(code) + 1))), "cells of several runs"
     assert not [output for output in outputs(notebook) if output.output_type == "error"]
     assert "cultural_smol" in code[0].source
     assert not re.search(r"(?<![\w.<])/(?!/)[a-z]+/\w", said(notebook)), "an absolute path"
