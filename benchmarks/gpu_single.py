@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import lightning as L
 import torch
@@ -244,8 +243,9 @@ class Bench:
             folder.mkdir(parents=True)
             encoded = encode_prompts(model.tokenizer, prompts, model.context_length)
             plan = Plan(encoded, spec.positions, spec.tokens_per_batch, spec.batches_per_shard)
-            with mock.patch.object(extractor, "ActivationWriter", NullWriter):
-                extractor._extract(model, prompts, sites, plan, spec, folder, "null", options, L.Trainer)
+            writer = NullWriter(folder, plan.shards, "null", spec.dtype)
+            run = extractor.Extractor(model, sites, plan, writer, [p.id for p in prompts])
+            extractor._extract(run, options, L.Trainer)
         else:
             ensure_store(model, prompts, sites, spec, trainer_kwargs=options)
         return watch

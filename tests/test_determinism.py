@@ -9,7 +9,7 @@ import torch
 
 from tests.workspace import config, run, small, workspace
 
-THREADS = 1e-6
+THREADS = 1e-4
 """Most that a number of a record may move, or its share, where sums are taken by other numbers of threads."""
 CLOSED, DESCENT = "clt_cultural", "clt_cultural_sgd"
 MORE = {
