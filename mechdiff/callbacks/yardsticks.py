@@ -6,7 +6,8 @@
    the share of the gap in graded behaviour.
 3. Side effects are read on neutral prompts as for a handle (`mechdiff.callbacks.side_effects`).
 4. At an equal price: λ goes as far as interpolated weights cost no more bits per byte than a handle of the
-   run does, nats of each prompt taken linearly between the λ that were measured.
+   run does, nats of each prompt taken linearly between the λ that were measured. With another tokenizer there
+   is no such line from base: at small λ the same text is read in tokens that base does not know.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from mechdiff.interventions.generation import generate, stop_tokens
 from mechdiff.interventions.grafts import check_same_architecture, interpolate
 from mechdiff.interventions.likelihood import total_logprobs
 from mechdiff.interventions.suffix import SuffixEngine, run_logits
-from mechdiff.modules.base import DiffModule
+from mechdiff.modules.base import DiffModule, missing
 from mechdiff.pairs.alignment import EncodedPrompt, encode
 from mechdiff.pairs.loading import LoadedModel, LoadedPair
 from mechdiff.results import Record
@@ -150,21 +151,31 @@ class Yardsticks(HandleEvaluation):
         nats = torch.stack([gap, *(kl_divergence(tuned.log_p, seen.log_p) for _, seen in line)])
         costs = [float(seen.nats.sum() / base.nats.sum()) - 1 for _, seen in line]
         for price in _prices(self.earlier):
+            about: dict[str, Any] = {
+                "question": "rq3",
+                "split": "eval",
+                "positions": "last",
+                "unit": "fraction",
+            }
+            edit, k, alpha = (price.params[name] for name in ("edit", "k", "alpha"))
+            named = {"edit": "weights_at_equal_cost", "handle": f"{edit}, k = {k}, α = {alpha:g}"}
+            if not run.pair.shared.identical:  # the line begins in tuned's tokens, where base never was
+                yield missing(
+                    "interchange_recovery",
+                    "tokenizers_differ",
+                    {**about, "params": named, "n": len(run.targets)},
+                )
+                continue
             place = reach_at_cost(costs, float(price.value or 0.0))
             low = min(int(place), len(line) - 1)
             part = place - low
-            edit, k, alpha = (price.params[name] for name in ("edit", "k", "alpha"))
             params = {
-                "edit": "weights_at_equal_cost",
-                "handle": f"{edit}, k = {k}, α = {alpha:g}",
+                **named,
                 "cost": price.value,
                 "lambda_": lambdas[low] + part * (lambdas[low + 1] - lambdas[low]),
             }
             left = nats[low] + part * (nats[low + 1] - nats[low])
-            about: dict[str, Any] = {"question": "rq3", "split": "eval", "positions": "last"}
-            yield self.ratio(
-                left, gap, run.noise, "interchange_recovery", **about, unit="fraction", params=params
-            )
+            yield self.ratio(left, gap, run.noise, "interchange_recovery", **about, params=params)
 
     def _records(
         self, run: _Run, base: _Seen, tuned: _Seen, seen: _Seen, params: Mapping[str, Any]

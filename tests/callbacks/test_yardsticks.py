@@ -1,6 +1,7 @@
 """Yardsticks: the ends of the line are the models, a system message is read, side effects are exact."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,10 @@ def test_weights_are_read_at_the_price_of_a_handle(found, tmp_path):
     assert (same.value, same.low, same.n) == pytest.approx((half.value, half.low, half.n))
     assert nothing.params["lambda_"] == pytest.approx(0)
     assert nothing.value == pytest.approx(0, abs=1e-6)
+    run = SimpleNamespace(pair=SimpleNamespace(shared=SimpleNamespace(identical=False)), targets=[1, 2])
+    seen = SimpleNamespace(log_p=torch.zeros(2, 3).log_softmax(-1), nats=torch.ones(2))
+    apart = list(callback._at_equal_cost(run, seen, seen, [(1.0, seen)]))
+    assert [(r.value, r.reason, r.n) for r in apart] == [(None, "tokenizers_differ", 2)] * 2
 
 
 def test_mistakes_are_named():

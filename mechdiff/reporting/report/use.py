@@ -19,10 +19,11 @@ def yardsticks(view: View) -> list[Table]:
         if edit not in ("system_prompt", "weights", "weights_at_equal_cost"):
             continue
         if edit == "weights_at_equal_cost":
-            label = f"weights at the bits per byte of {r.params['handle']}: λ = {lambda_:.2g}"
-            rows.append(
-                [[label], [view.number(r)], ["–"], [f"{100 * r.params['cost']:+.1f} %"], ["–"], [count(r)]]
-            )
+            label = f"weights at the bits per byte of {r.params['handle']}"
+            label += "" if lambda_ is None else f": λ = {lambda_:.2g}"
+            cost = r.params.get("cost")
+            priced = "–" if cost is None else f"{100 * cost:+.1f} %"
+            rows.append([[label], [view.number(r)], ["–"], [priced], ["–"], [count(r)]])
             continue
         costs = [
             view.pair.one("rq3", quantity=q, edit=edit, lambda_=lambda_, control="none", split="eval")
