@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mechdiff.commands.options import Options
-from mechdiff.errors import UsageError
+from mechdiff.errors import in_one_line
 
 POOL = "pool.csv"
 
@@ -29,6 +29,7 @@ def parser() -> Options:
     return found
 
 
+@in_one_line
 def main(args: Sequence[str]) -> int:
     """Count coverage; a user's mistake is one line and exit code 2.
 
@@ -43,23 +44,19 @@ def main(args: Sequence[str]) -> int:
     from mechdiff.pairs.loading import load_pair
     from mechdiff.study import read_pair
 
-    try:
-        given.folder.mkdir(parents=True, exist_ok=True)
-        held = (given.folder / FILE).is_file()
-        table = read_calibration(given.folder) if held else Calibration([])
-        if not (given.folder / POOL).is_file():
-            pool_of(load_pair(read_pair(given.pair), given.device)).write(given.folder / POOL)
-        pool = Pool.read(given.folder / POOL)
-        others = [c for c in table.cells if c.question != INTERVALS]
-        table.cells = [*others, *coverage(pool, seed=given.seed, trials=given.trials)]
-        said = {"pair": given.pair.stem, "prompts": len(pool.family), "trials": given.trials}
-        table.provenance["pool"] = {**said, "seed": given.seed}
-        write_calibration(table, given.folder)
-        for path in write(given.folder):
-            print(path)
-    except UsageError as error:
-        print(f"mechdiff: {error}", file=sys.stderr)
-        return 2
+    given.folder.mkdir(parents=True, exist_ok=True)
+    held = (given.folder / FILE).is_file()
+    table = read_calibration(given.folder) if held else Calibration([])
+    if not (given.folder / POOL).is_file():
+        pool_of(load_pair(read_pair(given.pair), given.device)).write(given.folder / POOL)
+    pool = Pool.read(given.folder / POOL)
+    others = [c for c in table.cells if c.question != INTERVALS]
+    table.cells = [*others, *coverage(pool, seed=given.seed, trials=given.trials)]
+    said = {"pair": given.pair.stem, "prompts": len(pool.family), "trials": given.trials}
+    table.provenance["pool"] = {**said, "seed": given.seed}
+    write_calibration(table, given.folder)
+    for path in write(given.folder):
+        print(path)
     return 0
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mechdiff.errors import ConfigError
+from mechdiff.files import write_text
 from mechdiff.functional.proportions import binomial_interval
 
 FILE = "calibration.json"
@@ -113,10 +113,8 @@ def write_calibration(table: Calibration, folder: str | Path) -> Path:
     """
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{FILE}.part")
     body = json.dumps(asdict(table), indent=1, ensure_ascii=False, allow_nan=False)
-    part.write_text(body + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, body + "\n")
     return path
 
 

@@ -30,6 +30,7 @@ from mechdiff.callbacks.states import read_ends
 from mechdiff.config import SEED
 from mechdiff.data.prompts import Label, Prompt, load_prompts
 from mechdiff.errors import ConfigError
+from mechdiff.files import whole
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import generator
 from mechdiff.interventions.grafts import graft
@@ -56,7 +57,7 @@ class Pool:
     def write(self, path: str | Path) -> Path:
         """Write the pool as a table, four significant digits."""
         table = zip(self.family.tolist(), *(self.columns[name].tolist() for name in COLUMNS), strict=True)
-        with Path(path).open("w", encoding="utf-8", newline="") as file:
+        with whole(Path(path)) as part, part.open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
             rows.writerow(("family", *COLUMNS))
             rows.writerows((family, *(f"{value:.4g}" for value in values)) for family, *values in table)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from mechdiff.calibration.cells import FILE, Calibration, Cell, prompts_needed, read_calibration
 from mechdiff.calibration.figures import POWER, plot_coverage, plot_power, plot_recall
 from mechdiff.errors import ConfigError
+from mechdiff.files import write_text
 
 PAGE = "calibration.md"
 FIGURES: dict[str, tuple[str, Callable[[Sequence[Cell], Path], Figure]]] = {
@@ -51,7 +52,7 @@ def write(folder: str | Path, figures: str = ".") -> list[Path]:
             plot(held, folder / figures / name)
             drawn[group] = f"{figures}/{name}".removeprefix("./")
     page = folder / PAGE
-    page.write_text("\n".join(_page(table, drawn)) + "\n", encoding="utf-8")
+    write_text(page, "\n".join(_page(table, drawn)) + "\n")
     return [page, *(folder / name for name in drawn.values())]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from mechdiff.commands.options import Options
-from mechdiff.errors import ConfigError, UsageError
+from mechdiff.errors import ConfigError, in_one_line
 
 ABOUT = (
     "Plant differences whose answer is known in copies of a base model, and differences that are none, ask "
@@ -42,6 +40,7 @@ def parser() -> Options:
     return found
 
 
+@in_one_line
 def main(args: Sequence[str]) -> int:
     """Calibrate; a user's mistake is one line and exit code 2, Ctrl-C ends it with 130.
 
@@ -49,16 +48,6 @@ def main(args: Sequence[str]) -> int:
         args: Command line after the verb.
     """
     given = parser().parse_args(args)
-    try:
-        return _calibrate(given)
-    except UsageError as error:
-        print(f"mechdiff: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-def _calibrate(given: argparse.Namespace) -> int:
     if given.threads < 1:
         raise ConfigError(f"threads is {given.threads}; allowed: 1 or more (key: --threads)")
     share, local = _leave(os.environ)

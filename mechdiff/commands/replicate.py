@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mechdiff.commands.options import Options
-from mechdiff.errors import UsageError
 
 ABOUT = (
     "Read studies of siblings that one recipe made with different seeds, and write the spread between seeds "
@@ -26,7 +24,7 @@ def parser() -> Options:
 
 
 def main(args: Sequence[str]) -> int:
-    """Compare seeds; a user's mistake is one line and exit code 2.
+    """Compare seeds.
 
     Args:
         args: Command line after the verb.
@@ -34,12 +32,8 @@ def main(args: Sequence[str]) -> int:
     given = parser().parse_args(args)
     from mechdiff.calibration.replication import FILE, replicate
 
-    try:
-        found = replicate(given.studies)
-        path = found.write(given.out / FILE)
-    except UsageError as error:
-        print(f"mechdiff: {error}", file=sys.stderr)
-        return 2
+    found = replicate(given.studies)
+    path = found.write(given.out / FILE)
     for r in found:
         said = "too few seeds" if r.value is None else f"{r.low:g} to {r.high:g}, mean {r.value:.3g}"
         spread = {k.removeprefix("sd_"): v for k, v in r.params.items() if k.startswith("sd_")}

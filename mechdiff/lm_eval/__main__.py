@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from mechdiff.errors import UsageError
+from mechdiff.errors import in_one_line
 
 NAME = "mechdiff"
 """What the model is called in the registry."""
@@ -33,6 +33,7 @@ def arguments(given: Sequence[str]) -> list[str]:
     return [verb, "--model", NAME, *rest]
 
 
+@in_one_line
 def main(given: Sequence[str] | None = None) -> int:
     """Run the harness; a user's mistake is one line and exit code 2.
 
@@ -50,9 +51,6 @@ def main(given: Sequence[str] | None = None) -> int:
     sys.argv = ["mechdiff.lm_eval", *asked]  # the harness reads nothing else
     try:
         cli_evaluate()
-    except UsageError as error:
-        print(f"mechdiff: {error}", file=sys.stderr)
-        return 2
     finally:
         sys.argv = before
     return 0
