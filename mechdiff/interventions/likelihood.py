@@ -91,7 +91,7 @@ class Reader:
             cache = self.engine.prefill(whole) if context else None
         else:
             assert self._cache is not None
-            cache = _beginning(self._cache, common)
+            cache = _taken(self._cache, (slice(None), slice(None), slice(common)))
             if common < len(context):
                 rest = torch.tensor([list(context[common:])], device=self.device)
                 out = self.engine.model(
@@ -230,7 +230,7 @@ def _together(
             input_ids=ids,
             attention_mask=torch.cat([mask[rows], real], 1),
             position_ids=ends[rows][:, None] + torch.arange(ids.shape[1], device=device),
-            past_key_values=_picked(cache, rows),
+            past_key_values=_taken(cache, rows),
             use_cache=True,
         ).logits
         which_row = [number[texts[n][0], texts[n][1][:-1]] for n in part]
@@ -249,28 +249,16 @@ def _follow(texts: Sequence[Sequence[int]], rows: list[int], tokens: Tensor, mas
     return Layout(tokens, mask, columns, torch.tensor(rows, device=tokens.device), follow, counts)
 
 
-def _picked(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """Return some rows of a cache, which stays as it is."""
-    picked = copy.copy(cache)
-    picked.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in picked.layers:
+def _taken(cache: DynamicCache, index: Tensor | tuple[slice, ...]) -> DynamicCache:
+    """Return what an index picks from all keys and values of a cache, which stays as it is."""
+    taken = copy.copy(cache)
+    taken.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in taken.layers:
         assert isinstance(layer, DynamicLayer)
         assert layer.keys is not None
         assert layer.values is not None
-        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-    return picked
-
-
-def _beginning(cache: DynamicCache, length: int) -> DynamicCache:
-    """Return the first keys and values of a cache, which stays as it is."""
-    cut = copy.copy(cache)
-    cut.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in cut.layers:
-        assert isinstance(layer, DynamicLayer)
-        assert layer.keys is not None
-        assert layer.values is not None
-        layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
-    return cut
+        layer.keys, layer.values = layer.keys[index], layer.values[index]
+    return taken
 
 
 def _batches(order: list[int], texts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
