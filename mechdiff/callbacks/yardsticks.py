@@ -150,21 +150,13 @@ class Yardsticks(HandleEvaluation):
         lambdas = [0.0, *(lambda_ for lambda_, _ in line)]
         nats = torch.stack([gap, *(kl_divergence(tuned.log_p, seen.log_p) for _, seen in line)])
         costs = [float(seen.nats.sum() / base.nats.sum()) - 1 for _, seen in line]
+        about: dict[str, Any] = {"question": "rq3", "split": "eval", "positions": "last", "unit": "fraction"}
         for price in _prices(self.earlier):
-            about: dict[str, Any] = {
-                "question": "rq3",
-                "split": "eval",
-                "positions": "last",
-                "unit": "fraction",
-            }
             edit, k, alpha = (price.params[name] for name in ("edit", "k", "alpha"))
             named = {"edit": "weights_at_equal_cost", "handle": f"{edit}, k = {k}, α = {alpha:g}"}
             if not run.pair.shared.identical:  # the line begins in tuned's tokens, where base never was
-                yield missing(
-                    "interchange_recovery",
-                    "tokenizers_differ",
-                    {**about, "params": named, "n": len(run.targets)},
-                )
+                unread = {**about, "params": named, "n": len(run.targets)}
+                yield missing("interchange_recovery", "tokenizers_differ", unread)
                 continue
             place = reach_at_cost(costs, float(price.value or 0.0))
             low = min(int(place), len(line) - 1)
