@@ -154,17 +154,22 @@ def test_a_policy_writes_its_directions_and_nothing_else(base, rank):
     assert truth.rank == rank
 
 
+def head_outputs(loaded, layer):
+    """Return what the heads of a layer add for the same tokens, `(2, 9, heads, d)`."""
+    ids, site = (
+        torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0)),
+        Site(layer, "head_out"),
+    )
+    with record(loaded.model, [site]) as kept, torch.no_grad():
+        loaded.model(ids)
+    return kept[site]
+
+
 def test_flipped_heads_write_the_opposite_and_the_others_the_same(base):
     tuned, truth = plant_heads(base, [(2, 1), (0, 3)])
     assert truth.heads == ((0, 3), (2, 1))
     assert truth.components == ("attn.0", "attn.2")
-    ids, site = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0)), Site(0, "head_out")
-    seen = {}
-    for model in (base, tuned):
-        with record(model.model, [site]) as kept, torch.no_grad():
-            model.model(ids)
-        seen[model.role] = kept[site]
-    own, other = seen["base"], seen["tuned"]
+    own, other = (head_outputs(model, 0) for model in (base, tuned))
     assert torch.equal(own[:, :, 3], -other[:, :, 3])
     assert torch.equal(own[:, :, :3], other[:, :, :3])
 
@@ -191,13 +196,8 @@ def test_where_a_head_looks_changes_for_those_that_share_it(base, mode, names):
     tuned, truth = plant_heads(base, [(2, 1)], mode)
     assert truth.heads == (((2, 1),) if mode == "query" else ((2, 0), (2, 1)))  # four heads, two of keys
     assert [name.split(".")[-2] for name in truth.tensors] == names
-    ids, site = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0)), Site(2, "head_out")
-    seen = {}
-    for model in (base, tuned):
-        with record(model.model, [site]) as kept, torch.no_grad():
-            model.model(ids)
-        seen[model.role] = kept[site]
-    moved = (seen["base"] - seen["tuned"]).abs().amax(dim=(0, 1, 3)) > 0
+    own, other = (head_outputs(model, 2) for model in (base, tuned))
+    moved = (own - other).abs().amax(dim=(0, 1, 3)) > 0
     assert [(2, head) for head in moved.nonzero()[:, 0].tolist()] == list(truth.heads)
 
 
