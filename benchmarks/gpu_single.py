@@ -36,8 +36,9 @@ from mechdiff.data.contrast import ContrastPairs
 from mechdiff.data.prompts import Prompt, load_prompts
 from mechdiff.data.store import ActivationStore
 from mechdiff.extraction import extractor
-from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
+from mechdiff.extraction.extractor import ensure_store
 from mechdiff.extraction.plan import Plan, PlannedShard, encode_prompts
+from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.extraction.writer import ActivationWriter
 from mechdiff.functional.cka import cka_from_sums, linear_cka
 from mechdiff.functional.clt import ridge_path

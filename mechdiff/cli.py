@@ -29,8 +29,7 @@ from mechdiff.config import SEED
 from mechdiff.data.activations import ActivationPairs
 from mechdiff.data.prompts import for_domain, load_prompts
 from mechdiff.errors import CheckpointError, UsageError, in_one_line
-from mechdiff.extraction.extractor import ExtractionSpec
-from mechdiff.extraction.spec import width
+from mechdiff.extraction.spec import ExtractionSpec, width
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.modules import DiffModule
 from mechdiff.pairs.loading import load_pair

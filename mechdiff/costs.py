@@ -21,9 +21,8 @@ from jsonargparse import Namespace
 
 from mechdiff import prepare
 from mechdiff.data.prompts import Prompt, select
-from mechdiff.extraction.extractor import ExtractionSpec
 from mechdiff.extraction.plan import Plan, encode_prompts
-from mechdiff.extraction.spec import width
+from mechdiff.extraction.spec import ExtractionSpec, width
 from mechdiff.interventions.hooks import get_blocks, stop_after
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import run

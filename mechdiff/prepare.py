@@ -19,7 +19,8 @@ from mechdiff.config import LAYER_STRIDE, fallback_layers
 from mechdiff.data.prompts import Prompt, select
 from mechdiff.data.store import ActivationStore
 from mechdiff.errors import ConfigError, PromptError
-from mechdiff.extraction.extractor import ExtractionSpec, ensure_store, store_identity
+from mechdiff.extraction.extractor import ensure_store, store_identity
+from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.pairs.alignment import encode, template_tokens
 from mechdiff.pairs.loading import LoadedPair

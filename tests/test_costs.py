@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mechdiff import costs
-from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
+from mechdiff.extraction.extractor import ensure_store
+from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.interventions.sites import Site
 from mechdiff.modules import CLTMap, SteeringSubspace
 from tests.toys import loaded, prompts

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mechdiff import provenance as room
-from mechdiff.extraction.extractor import ExtractionSpec, store_identity
+from mechdiff.extraction.extractor import store_identity
+from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.pairs.alignment import template_tokens
 from mechdiff.pairs.loading import load_pair
 from mechdiff.pairs.spec import FilePath, ModelId, ModelSpec, PairSpec

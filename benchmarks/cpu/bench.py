@@ -14,7 +14,7 @@ import torch
 from benchmarks import clock, results
 from benchmarks.cpu.arithmetic import Cost
 from benchmarks.peer import NotMeasured, Peer
-from mechdiff.extraction.extractor import ExtractionSpec
+from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.interventions.sites import Site
 from mechdiff.pairs.loading import LoadedModel, LoadedPair, load_pair
 from mechdiff.pairs.sources import model_folder

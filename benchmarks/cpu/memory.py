@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.corpus import corpus
-from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
+from mechdiff.extraction.extractor import ensure_store
+from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.interventions.sites import Site
 from mechdiff.pairs.loading import load_pair
 from mechdiff.study import read_pair

@@ -24,6 +24,7 @@ from mechdiff.callbacks.head_tables import measure as fill_tables
 from mechdiff.config import K_SWEEP
 from mechdiff.data.nothing import NoStates
 from mechdiff.data.prompts import Prompt
+from mechdiff.extraction.extractor import placed_on
 from mechdiff.functional.churn import head_churn, split_halves
 from mechdiff.functional.handles import principal_angles
 from mechdiff.functional.permutation import random_signs
@@ -205,12 +206,10 @@ def run(
     """Fit if asked, test, and let the callbacks evaluate, as a run of the command line does."""
     for callback in callbacks:
         callback.connect(lambda: pair, prompts, seed)
-    device = pair.base.device
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = L.Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=[device.index or 0] if device.type == "cuda" else 1,
+            **placed_on(pair.base.device),
             max_epochs=1,
             num_sanity_val_steps=0,
             logger=False,

@@ -291,6 +291,11 @@ def _extractors(
     return [Extractor(model, part, plan, writer, ids) for part, writer in zip(todo, writers, strict=True)]
 
 
+def placed_on(device: torch.device) -> dict[str, Any]:
+    """Return the options of a trainer that runs where a model is."""
+    return {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
+
+
 def _extract(
     extractor: Extractor, trainer_kwargs: dict[str, Any], trainer_factory: Callable[..., L.Trainer]
 ) -> None:
@@ -301,8 +306,7 @@ def _extract(
     except OSError as error:
         raise unwritable(writer.folder, error) from error
     options: dict[str, Any] = {
-        "accelerator": model.device.type,
-        "devices": 1 if model.device.index is None else [model.device.index],
+        **placed_on(model.device),
         "enable_model_summary": False,
         **trainer_kwargs,
     }

@@ -11,7 +11,8 @@ from mechdiff.callbacks.graded import read_openings, refusing
 from mechdiff.callbacks.patcher import Patcher, Side, groups
 from mechdiff.data.join import join
 from mechdiff.errors import PromptError
-from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
+from mechdiff.extraction.extractor import ensure_store
+from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.functional.clt import map_states
 from mechdiff.functional.metrics import kl_divergence, logodds
 from mechdiff.interventions.hooks import record

@@ -12,7 +12,8 @@ from mechdiff.data.join import Coverage, join, split_components
 from mechdiff.data.manifest import Example
 from mechdiff.data.store import POSITIONS, ActivationStore
 from mechdiff.errors import ConfigError, StoreError
-from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
+from mechdiff.extraction.extractor import ensure_store
+from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.pairs.alignment import align, common_template, encode, template_tokens
 from tests.toys import OTHER_END, PLAIN, SYSTEM, loaded, prompts
 

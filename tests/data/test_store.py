@@ -15,7 +15,8 @@ from mechdiff.data import manifest
 from mechdiff.data.manifest import SCHEMA, Contents, StoreIdentity, checksum, write_json
 from mechdiff.data.store import POSITIONS, ActivationStore, decode, encode
 from mechdiff.errors import StoreError
-from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
+from mechdiff.extraction.extractor import ensure_store
+from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.interventions.sites import Site
 from tests.toys import PLAIN, loaded, prompts
 

@@ -8,7 +8,8 @@ import torch
 from examples.given import Given, given
 from mechdiff import load_pair, load_prompts, steer
 from mechdiff.data.prompts import select
-from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
+from mechdiff.extraction.extractor import ensure_store
+from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.handles.files import write
 from mechdiff.study import read_pair
 from tests.handles.make import handle

@@ -13,8 +13,9 @@ import sys
 import lightning as L
 import torch
 
-from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
+from mechdiff.extraction.extractor import ensure_store
 from mechdiff.extraction.lock import first
+from mechdiff.extraction.spec import ExtractionSpec
 from tests.toys import loaded, prompts
 
 SITES = ["resid_post.1", "head_z.2"]

@@ -5,7 +5,8 @@ import torch
 
 from mechdiff.errors import PromptError, SiteError
 from mechdiff.extraction.collect import cka_by_layer, collect_last_token_resids
-from mechdiff.extraction.extractor import ExtractionSpec, ensure_store
+from mechdiff.extraction.extractor import ensure_store
+from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.functional.cka import cka_jackknife
 from mechdiff.interventions.sites import Site
 from mechdiff.pairs.alignment import encode

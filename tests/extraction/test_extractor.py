@@ -20,8 +20,9 @@ from filelock import FileLock
 from mechdiff.data.store import ActivationStore
 from mechdiff.errors import ActivationError, ConfigError, SiteError, StoreError
 from mechdiff.extraction import extractor
-from mechdiff.extraction.extractor import ExtractionSpec, Extractor, ensure_store
+from mechdiff.extraction.extractor import Extractor, ensure_store
 from mechdiff.extraction.plan import Plan, encode_prompts
+from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.extraction.writer import AHEAD, ActivationWriter
 from mechdiff.interventions.hooks import record
 from mechdiff.interventions.sites import Site
