@@ -40,7 +40,7 @@ def test_a_record_refuses_what_would_mislead(more: dict, message: str) -> None:
     "more", [{}, MISSING, {"low": 0.4, "high": 0.6}, {"control": "identity"}, {"params": {"k": 2}}]
 )
 def test_a_record_survives_the_file(more: dict, tmp_path: Path) -> None:
-    record = make(**more, flags=("lambda_edge",), rows=731)
+    record = make(**more, flags=("lambda_at_edge",), rows=731)
     results = Results([record], {"pair": {"name": "ұлттық"}, "seed": 17})
     again = Results.read(results.write(tmp_path / "new" / "results.json"))
     assert again.records == [record]

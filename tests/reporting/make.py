@@ -25,7 +25,7 @@ def map_run(layers: list[int], seed: int = 0) -> Results:
             delta = {"last": 0.72, "user": 0.35, "template": -0.18}[group] * (0.4 + 0.6 * depth) + rng.gauss(
                 0, 0.03
             )
-            flags = ("lambda_edge",) if group == "template" else ()
+            flags = ("lambda_at_edge",) if group == "template" else ()
             if small:
                 records.append(
                     Record(

@@ -31,7 +31,7 @@ def test_numbers_intervals_and_gaps() -> None:
     results = Results(
         [
             record("r2", 0.99957),
-            record("r2_delta", -0.126, low=-0.2, high=0.05, flags=("lambda_edge",)),
+            record("r2_delta", -0.126, low=-0.2, high=0.05, flags=("lambda_at_edge",)),
             record("kl_raw", 0.0031, low=0.0025, high=0.0041, split="eval"),
             record("kl_mapped", None, reason="gap_too_small", split="eval"),
         ]
@@ -41,7 +41,7 @@ def test_numbers_intervals_and_gaps() -> None:
     assert cells == [*expected, "0.0031\n\\[0.0025, 0.0041]", "gap too small"]
     printed = text_of(results)
     assert "[−0.20, 0.05]" in printed
-    assert "† lambda edge" in printed
+    assert "† lambda at edge" in printed
     assert "n = last: 7 prompts (map)" in printed
 
 

@@ -15,16 +15,29 @@ from mechdiff.reporting.report.view import View, count
 from mechdiff.reporting.report.where import BEHAVIOURS, behaviour
 
 FLAGS = {
-    "rankings_disagree": "divergence and patching rank the layers differently",
     "chosen_on_eval": "the prompts that layers were chosen on include those that are reported on",
+    "rankings_disagree": "divergence and patching rank the layers differently",
     "unaligned_prompts": "some prompts had no aligned position and were left out",
-    "lambda_edge": "the best ridge strength lies at the edge of the grid",
-    "few_rows": "fewer rows than dimensions",
+    "lambda_at_edge": "the best ridge strength lies at the edge of the grid",
+    "unbounded_interval": "resampling could not bound an end of the interval",
     "beyond_bound": "a side effect exceeds its bound",
+    "within_random": "random subspaces do as much on the same prompts",
+    "no_random_control": "no random subspaces stand beside it, so nothing is claimed",
+    "few_draws": "fewer than 100 random subspaces stand beside it, so nothing is claimed",
+    "not_chosen": "the run chose no handle of this kind, and a default one was used",
+    "cut_answers": "answers end where the other model cannot follow",
+    "disagrees_with_graded": "generated and graded behaviour contradict each other",
+    "grows_with_n": "the older rule of churn, which every head passes with enough prompts",
+    "completeness_missed": "integrated gradients of the layer do not add up",
+    "ranked_on_the_same_prompts": "the order of heads was chosen on the prompts it is tried on",
+    "norm_after_attention": "a norm after attention makes a head's contribution depend on the others",
+    "layers_without_softmax_heads": "layers without softmax heads were left out",
+    "one_sibling_per_class": "one tuned model of a kind cannot speak for the kind",
+    "not_paired": "values by prompt were not kept, so two runs count as independent",
     "shared_rows": "embeddings were exchanged for shared tokens only",
     "no_stereotyped_answer": "some items have no stereotyped answer and were left out of bias scores",
-    "too_long": "some prompts did not fit the context",
 }
+"""What each flag of `docs/records.md` means, in words."""
 
 
 def robustness(views: Sequence[View]) -> Section:
