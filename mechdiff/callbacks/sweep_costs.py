@@ -35,6 +35,7 @@ from mechdiff.callbacks.side_effects import (
     turned_record,
 )
 from mechdiff.errors import PromptError
+from mechdiff.functional.metrics import log_total
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import bootstrap_ratio, generator
 from mechdiff.interventions.generation import stop_tokens
@@ -42,8 +43,8 @@ from mechdiff.interventions.sites import Site
 from mechdiff.modules.base import DiffModule
 from mechdiff.results import Record
 
-SCREEN = 32
-"""Prompts on which an edit is tried first."""
+SCREENS = (8, 32)
+"""Numbers of prompts after which an edit is given up if it costs too much for certain."""
 TOKENS = 1024
 """Tokens of answers that are scored at once, over all edits."""
 
@@ -77,7 +78,7 @@ class Neutral:
         translate: The other model's id of each of its tokens, −1 where it has none.
         chars: Longest answer, in characters.
         seed: Of resampling.
-        kept: Prompts with an answer, by index.
+        kept: Prompts with an answer, in an order drawn by the seed: the first few stand for all.
         reads: Their answers.
         before: Whether each answer is of the tuned kind without any edit.
         plain: Nats of each answer without an edit, whole and as far as the other model can follow, float64,
@@ -100,7 +101,9 @@ class Neutral:
         self.stops = stop_tokens(self.mine.loaded.model, self.mine.loaded.tokenizer.eos_token_id)
         self.reach = answer_reach(self.mine.loaded, self.chars)
         found = read_answers(self.mine, self.other, self.sites, self.translate, self.reach, self.stops)
-        for index, read in sorted(found.items()):
+        order, draws = sorted(found), generator(self.seed, "neutral")
+        for index in (order[i] for i in torch.randperm(len(order), generator=draws).tolist()):
+            read = found[index]
             self.kept.append(index)
             self.reads.append(read)
             self.before.append(turned(self._text(read.answer.tolist()), self.domain))
@@ -142,7 +145,8 @@ class Neutral:
         donor = read.donor[site].to(own) if which else None
         tokens, m = read.tokens[None], len(read.answer)
         nats, stay = [], []
-        rows: list[Handle | None] = [None, *cells]
+        known = not self.plain[which, row].isnan()
+        rows: list[Handle | None] = [*cells] if known else [None, *cells]
         size = max(1, TOKENS // len(read.tokens))
         for some in (rows[i : i + size] for i in range(0, len(rows), size)):
             hidden = torch.stack([own if c is None else c.change(self.module, own, donor) for c in some])
@@ -161,10 +165,10 @@ class Neutral:
                 ends = torch.isin(best[:, m:], torch.tensor(self.stops, device=best.device))
                 alike = torch.cat([alike, ends], 1)
             stay.append(alike.long().cumprod(1).sum(1).cpu())
-        plain, *found = torch.cat(nats)
-        if self.plain[which, row].isnan():
-            self.plain[which, row] = plain
-        return torch.stack(found), torch.cat(stay)[1:]
+        found, stays = torch.cat(nats), torch.cat(stay)
+        if not known:
+            self.plain[which, row] = found[0]
+        return found[-len(cells) :], stays[-len(cells) :]
 
     def turns(
         self, cells: Sequence[Handle], stay: Tensor, first: int | None = None
@@ -283,7 +287,7 @@ class Neutral:
         tried: dict[Handle, Cost] = {}
         while stays := self._fluent(left, tried):
             cells = [left[key][0] for key in stays]
-            turns = self.turns(cells, torch.stack(list(stays.values()), 1), SCREEN)
+            turns = self.turns(cells, torch.stack(list(stays.values()), 1), SCREENS[-1])
             for key, cell, (after, cut) in zip(stays, cells, turns, strict=True):
                 tried[cell] = replace(tried[cell], turned=after, cut=cut)
                 if self._turns_much(cell, after):
@@ -304,25 +308,25 @@ class Neutral:
             How many tokens of each answer stay under the first edit of each queue, `(prompts,)`.
         """
         found: dict[Any, Tensor] = {}
-        few = range(min(SCREEN, len(self.reads)))
-        rest = range(len(few), len(self.reads))
+        n = len(self.reads)
+        ends = [0, *(size for size in SCREENS if size < n), n]
         while front := {key: cells[0] for key, cells in left.items() if key not in found}:
-            keys, cells = list(front), list(front.values())
-            nats, stay = self.score(cells, few)
-            hopeful = [i for i in range(len(cells)) if self.bound(cells[i], nats[:, i])[0] <= MAX_BPB]
-            tried |= {cell: Cost(nats[:, i]) for i, cell in enumerate(cells) if i not in hopeful}
-            nats, stay = nats[:, hopeful], stay[:, hopeful]
-            if hopeful and len(rest):
-                more = self.score([cells[i] for i in hopeful], rest)
-                nats, stay = (torch.cat(parts) for parts in zip((nats, stay), more, strict=True))
-            fluent = set()
-            for column, i in enumerate(hopeful):
-                tried[cells[i]] = Cost(nats[:, column])
-                if self.bound(cells[i], nats[:, column])[1] <= MAX_BPB:
-                    fluent.add(i)
-                    found[keys[i]] = stay[:, column]
-            for i, key in enumerate(keys):
-                if i not in fluent:
+            keys = list(front)
+            nats = {key: torch.zeros(0, dtype=torch.float64) for key in keys}
+            stay = {key: torch.zeros(0, dtype=torch.long) for key in keys}
+            for rows in map(range, ends, ends[1:]):
+                more, longer = self.score([front[key] for key in keys], rows)
+                for i, key in enumerate(keys):
+                    nats[key] = torch.cat([nats[key], more[:, i]])
+                    stay[key] = torch.cat([stay[key], longer[:, i]])
+                keys = [key for key in keys if self.bound(front[key], nats[key])[0] <= MAX_BPB]
+                if not keys:
+                    break
+            tried |= {front[key]: Cost(column) for key, column in nats.items()}
+            for key, cell in front.items():
+                if key in keys and self.bound(cell, nats[key])[1] <= MAX_BPB:
+                    found[key] = stay[key]
+                else:
                     _lower(left, key)
         return found
 
@@ -343,6 +347,6 @@ def _lower(left: dict[Any, list[Handle]], key: Any) -> None:
 
 def _nats(logits: Tensor, answer: Tensor) -> Tensor:
     """Return how improbable an answer is under logits `(rows, T, vocabulary)`, float64, `(rows,)`."""
-    logits = logits[:, : len(answer)].to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits[:, : len(answer)]
     picked = logits.gather(-1, answer.to(logits.device).expand(len(logits), -1)[..., None])[..., 0]
-    return -(picked - logits.logsumexp(-1)).double().sum(1).cpu()
+    return -(picked - log_total(logits)).double().sum(1).cpu()

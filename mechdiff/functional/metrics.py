@@ -16,6 +16,9 @@ from torch import Tensor
 from mechdiff.errors import FitError
 from mechdiff.functional.refusals import IDIOM, OPENING, QUOTED, REFUSAL
 
+ROWS = 16
+"""Rows of a vocabulary's width that are read at once."""
+
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Compute KL(P‖Q) of normalised log-probabilities over the last axis.
@@ -63,7 +66,31 @@ def kl_from_logits(log_p: Tensor, logits: Tensor) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     high = logits.max(-1, keepdim=True).values  # sums of small numbers lose less
     shifted = logits - high
-    return shifted.logsumexp(-1).double() - (shifted @ p.to(shifted)).double() - entropy
+    return log_total(shifted).double() - (shifted @ p.to(shifted)).double() - entropy
+
+
+def log_total(logits: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Return the logarithm of the sum of exponentials.
+
+    A CPU takes a few rows at a time, which stay in its cache: several times as quick.
+
+    Args:
+        logits: `(..., vocabulary)`.
+        allowed: Tokens that count, `(vocabulary,)` boolean; None: all.
+
+    Returns:
+        Nats, `(...)`, float32 or the type of the logits if that is wider.
+
+    >>> log_total(torch.tensor([[0.25, 0.75], [1.0, 1.0]]).log()).exp()
+    tensor([1., 2.])
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    found = []
+    for part in rows.split(ROWS if rows.device.type == "cpu" else max(len(rows), 1)):
+        wide = part.to(dtype)
+        found.append((wide if allowed is None else wide.masked_fill(~allowed, -torch.inf)).logsumexp(-1))
+    return torch.cat(found).reshape(logits.shape[:-1])
 
 
 def recovery(kl_patched: Tensor, kl_unpatched: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from mechdiff.functional.metrics import log_total
 from mechdiff.interventions.suffix import SuffixEngine, run, run_logits
 
 Asked = tuple[Sequence[int], Sequence[Sequence[int]]]
@@ -133,12 +134,11 @@ def total_logprobs(logits: Tensor, layout: Layout, allowed: Tensor | None = None
     Returns:
         Nats, `(texts,)`, float64; −inf for a continuation with a token that is not allowed.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, float("-inf"))
-    norm = logits.logsumexp(-1)[layout.row]
+    norm = log_total(logits, allowed)[layout.row]
     column = torch.arange(layout.follow.shape[1], device=logits.device)
-    picked = logits[layout.row[:, None], column, layout.follow]
+    picked = logits[layout.row[:, None], column, layout.follow].to(norm)
+    if allowed is not None:
+        picked = picked.where(allowed[layout.follow], -torch.inf)
     return torch.where(layout.counts > 0, picked - norm, 0.0).double().sum(1)
 
 
