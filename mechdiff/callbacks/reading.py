@@ -1,10 +1,12 @@
-"""Read a graded behaviour of an edited model, with shared-vocabulary masking or without."""
+"""Read a graded behaviour of an edited model, with shared-vocabulary masking or without.
+
+Where the texts that may follow are spelled alike either way, one pass serves both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,56 +22,91 @@ from mechdiff.pairs.voice import Voice
 K = TypeVar("K", bound=Hashable)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A graded behaviour of one model after one prompt."""
+class _Spelled(NamedTuple):
+    """One spelling of what may follow, whether it is read with masking or without, and states of its pass."""
 
-    side: Side
-    index: int
-    graded: Graded
     layout: Layout
-    allowed: Tensor | None
+    maskings: list[bool]
+    states: dict[Site, Tensor]
 
-    @classmethod
-    def of(cls, voice: Voice, side: Side, index: int, graded: Graded, masking: bool) -> Reading | None:
-        """Lay out what may follow; None if it cannot be said in shared tokens."""
+
+class Reading:
+    """A graded behaviour of one model after one prompt.
+
+    Args:
+        voice: Spells what may follow.
+        side: The model and the prompts that it has read.
+        index: The prompt.
+        graded: The behaviour.
+        sites: Where states may be edited.
+        maskings: Whether to read it with masking, without, or both.
+
+    Attributes:
+        clean: What the model as it is shows, by masking; without a masking in which it cannot be said.
+    """
+
+    def __init__(
+        self,
+        voice: Voice,
+        side: Side,
+        index: int,
+        graded: Graded,
+        sites: Collection[Site] = (),
+        maskings: Sequence[bool] = (False,),
+    ) -> None:
+        self.side, self.index, self.graded = side, index, graded
         own, theirs = (
             [tokenizer(text, add_special_tokens=False).input_ids for text in graded.texts]
             for tokenizer in (voice.tokenizer, voice.partner)
         )
-        texts = [voice.masked(a, b) if masking else a for a, b in zip(own, theirs, strict=True)]
-        if not all(texts):
-            return None
-        ids = side.ids(index)
-        layout = lay_out(int(ids[0, -1]), [text for text in texts if text], ids.device)
-        if not masking:
-            return cls(side, index, graded, layout, None)
-        allowed = torch.zeros(
-            side.loaded.model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=ids.device
+        spellings: dict[tuple[tuple[int, ...], ...], list[bool]] = {}
+        for masking in maskings:
+            texts = [voice.masked(a, b) if masking else a for a, b in zip(own, theirs, strict=True)]
+            if all(texts):
+                spellings.setdefault(tuple(tuple(text) for text in texts if text), []).append(masking)
+        ids, model = side.ids(index), side.loaded.model
+        self._allowed = torch.zeros(
+            model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=ids.device
         )
-        allowed[side.shared] = True
-        return cls(side, index, graded, layout, allowed)
+        self._allowed[side.shared] = True
+        self.clean: dict[bool, float] = {}
+        self._spelled: list[_Spelled] = []
+        for spelling, read in spellings.items():
+            layout = lay_out(int(ids[0, -1]), spelling, ids.device)
+            with record(model, list(sites)) as seen:
+                logits = run_logits(model, layout.tokens, layout.mask, layout.columns, side.prefixes[index])
+            self._spelled.append(_Spelled(layout, read, {site: seen[site] for site in sites}))
+            self.clean |= self._values(logits, self._spelled[-1])
 
-    def clean(self) -> float:
-        """Read the model as it is."""
-        prefix = self.side.prefixes[self.index]
-        rows = self.layout.tokens, self.layout.mask, self.layout.columns
-        return self._value(run_logits(self.side.loaded.model, *rows, prefix))
+    def edited(self, site: Site, states: Mapping[K, Tensor]) -> dict[bool, dict[K, float]]:
+        """Read the model with each of some states at the last position of the prompt, by masking.
 
-    def edited(self, site: Site, states: Mapping[K, Tensor]) -> dict[K, float]:
-        """Read the model with each of some states at the last position of the prompt."""
-        layout, prefix = self.layout, self.side.prefixes[self.index]
-        with record(self.side.loaded.model, [site]) as seen:
-            run_logits(self.side.loaded.model, layout.tokens, layout.mask, layout.columns, prefix)
-        found = {}
-        for arm, state in states.items():
-            hidden = seen[site].clone()
-            hidden[:, 0] = state
-            logits = self.side.engine.resume(
-                site.layer, hidden, layout.tokens, layout.mask, prefix=prefix, logits_at=layout.columns
-            )
-            found[arm] = self._value(logits)
+        Args:
+            site: Where.
+            states: The states, `(d,)`.
+        """
+        found: dict[bool, dict[K, float]] = {masking: {} for masking in self.clean}
+        for spelled in self._spelled:
+            layout = spelled.layout
+            for arm, state in states.items():
+                hidden = spelled.states[site].clone()
+                hidden[:, 0] = state
+                logits = self.side.engine.resume(
+                    site.layer,
+                    hidden,
+                    layout.tokens,
+                    layout.mask,
+                    prefix=self.side.prefixes[self.index],
+                    logits_at=layout.columns,
+                )
+                for masking, value in self._values(logits, spelled).items():
+                    found[masking][arm] = value
         return found
 
-    def _value(self, logits: Tensor) -> float:
-        return float(self.graded(total_logprobs(logits, self.layout, self.allowed)))
+    def _values(self, logits: Tensor, spelled: _Spelled) -> dict[bool, float]:
+        return {
+            masking: float(
+                self.graded(total_logprobs(logits, spelled.layout, self._allowed if masking else None))
+            )
+            for masking in spelled.maskings
+        }

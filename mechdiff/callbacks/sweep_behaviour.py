@@ -70,20 +70,20 @@ def graded(
     rows: dict[tuple[str, Handle], list[tuple[str, float, float, float, float]]] = defaultdict(list)
     for index, prompt in enumerate(targets.prompts):
         for found in grades(prompt, openings) if prompt in few else ():
-            readings = {
-                side.loaded.role: Reading.of(said[side.loaded.role], side, index, found, masking=False)
+            sites = {cell.site for cell in cells}
+            base, tuned = (
+                Reading(said[side.loaded.role], side, index, found, sites)
                 for side in (targets.base, targets.tuned)
-            }
-            base, tuned = readings["base"], readings["tuned"]
-            if base is None or tuned is None:
+            )
+            if not (base.clean and tuned.clean):
                 continue
-            clean = base.clean(), tuned.clean()
+            clean = base.clean[False], tuned.clean[False]
             for where in sorted({direction(cell.kind) for cell in cells}):
                 reading, (start, end) = (base, clean) if where == "into_base" else (tuned, clean[::-1])
                 here = [cell for cell in cells if direction(cell.kind) == where]
                 own, donor = targets.states(index, here[0].site, where)
                 states: dict[Handle | None, Tensor] = {c: c.change(module, own, donor)[0] for c in here}
-                values = reading.edited(here[0].site, {None: own[0], **states})
+                values = reading.edited(here[0].site, {None: own[0], **states})[False]
                 again = values.pop(None)
                 for cell, value in values.items():
                     assert cell is not None

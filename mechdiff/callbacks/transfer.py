@@ -56,6 +56,7 @@ TEMPLATES = (PLAIN, '"{text}"', "1) {text}", "# {text}\n\n---")
 """Wrappings in no language of their own."""
 EDITS = ("interchange", "mapped")
 _OWN, _RANDOM = ("", "none"), ("random", "interchange")
+MASKINGS = (False, True)
 DRAWS = 20
 """Fewest random subspaces that have a 95th percentile."""
 
@@ -265,17 +266,15 @@ class Transfer(HandleEvaluation):
         )
         for index, prompt in enumerate(prompts):
             for graded in grades(prompt, openings) if prompt in few else ():
-                for masking in (False, True):
-                    whole = Reading.of(self.voices["tuned"], tuned, index, graded, masking)
-                    own = Reading.of(self.voices["base"], base, index, graded, masking)
-                    if whole is None or own is None:
-                        continue
-                    end, again = whole.clean(), own.clean()
-                    for site, arms in fits.items():
-                        values = own.edited(site, self._edited(base, tuned, index, site, arms))
+                whole = Reading(self.voices["tuned"], tuned, index, graded, (), MASKINGS)
+                own = Reading(self.voices["base"], base, index, graded, fits, MASKINGS)
+                for site, arms in fits.items():
+                    read = own.edited(site, self._edited(base, tuned, index, site, arms))
+                    for masking in (masking for masking in read if masking in whole.clean):
+                        end, values = whole.clean[masking], read[masking]
                         start = values.pop(_OWN)
                         for arm, value in values.items():
-                            cell = (prompt.id, end, start, value, abs(start - again))
+                            cell = (prompt.id, end, start, value, abs(start - own.clean[masking]))
                             rows[graded.metric, masking, site, arm].append(cell)
         for (metric, masking, site, arm), cells in rows.items():
             names, *columns = zip(*cells, strict=True)
