@@ -42,7 +42,7 @@ from mechdiff.callbacks.side_effects import (
 )
 from mechdiff.callbacks.states import read_ends
 from mechdiff.callbacks.transfer_fit import StoredRows, stored_rows
-from mechdiff.data.contrast import Contrast, contrast
+from mechdiff.data.contrast import contrast
 from mechdiff.data.prompts import Prompt
 from mechdiff.errors import ConfigError
 from mechdiff.functional.metrics import kl_divergence
@@ -53,7 +53,7 @@ from mechdiff.interventions.generation import generate, stop_tokens
 from mechdiff.interventions.hooks import Edit, intervene
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine
-from mechdiff.modules.base import UNTOUCHED, DiffModule, estimated
+from mechdiff.modules.base import DiffModule, estimated
 from mechdiff.pairs.loading import LoadedPair
 from mechdiff.results import Record
 
@@ -72,7 +72,7 @@ class Gate(HandleEvaluation):
         alpha: Strength; by default the one that the run chose, else 1.
         keep: Share of dev targets on which the gate must fire.
         shrinkage: Of the probe's scatter.
-        max_dev: Dev prompts that set the threshold, evenly over languages and classes; None takes all.
+        max_dev: Dev targets that set the threshold, evenly over languages; None takes all.
         max_targets: Evaluation targets, the same.
         max_neutral: Neutral evaluation prompts, the same.
         answer_chars: Longest answer, in characters.
@@ -91,7 +91,7 @@ class Gate(HandleEvaluation):
         alpha: float | None = None,
         keep: float = 0.95,
         shrinkage: float = 0.1,
-        max_dev: int | None = 80,
+        max_dev: int | None = 40,
         max_targets: int | None = 24,
         max_neutral: int | None = 64,
         answer_chars: int = ANSWER_CHARS,
@@ -114,17 +114,15 @@ class Gate(HandleEvaluation):
             raise ConfigError("Gate needs the activations of a fit (key: data.class_path)")
         handle = self.handle(module, self.kind, self.k, self.alpha)
         kept = readable(pair, prompts)[0]
-        dev, final = contrast(kept, "dev"), contrast(kept, "eval")
-        dev = Contrast(*(spread(part, self.max_dev and self.max_dev // 2) for part in dev))
+        dev, final = spread(contrast(kept, "dev").target, self.max_dev), contrast(kept, "eval")
         targets, neutral = spread(final.target, self.max_targets), spread(final.neutral, self.max_neutral)
         engines = two_engines(pair)
         rows = stored_rows(self.data, "train", str(handle.site))
         fires = {"none": torch.ones(len(targets) + len(neutral), dtype=torch.bool)}
-        states = self._states(pair, engines, handle.site, [*dev.target, *dev.neutral, *targets, *neutral])
-        tried = len(dev.target) + len(dev.neutral)
+        states = self._states(pair, engines, handle.site, [*dev, *targets, *neutral])
         for name, probe in self._probes(rows).items():
-            threshold = keeping(probe(states[: len(dev.target)]), self.keep)
-            fires[name] = probe(states[tried:]) >= threshold
+            threshold = keeping(probe(states[: len(dev)]), self.keep)
+            fires[name] = probe(states[len(dev) :]) >= threshold
         yield from self._fired(handle, fires, targets, neutral)
         yield from self._recovered(module, pair, engines, handle, fires, targets)
         yield from self._cost(module, pair, engines, handle, fires, len(targets), neutral)
@@ -217,8 +215,7 @@ class Gate(HandleEvaluation):
         stops = stop_tokens(loaded.model, loaded.tokenizer.eos_token_id)
         reach = answer_reach(loaded, self.answer_chars)
         said = generate(loaded.model, contexts, reach, stops)
-        everywhere = gated_edit(module, handle, None)
-        with intervene(loaded.model, {handle.site: everywhere}):
+        with intervene(loaded.model, {handle.site: everywhere(module, handle)}):
             changed = generate(loaded.model, contexts, reach, stops)
         answers = [
             torch.tensor([turned(self._text(pair, ids), domain) for ids in part]) for part in (said, changed)
@@ -263,7 +260,7 @@ class Gate(HandleEvaluation):
         ]
 
 
-def gated_edit(module: DiffModule, handle: Handle, fires: Tensor | None) -> Edit:
+def everywhere(module: DiffModule, handle: Handle) -> Edit:
     """Return the edit of a batch that is decoded: it acts on the last token of every forward.
 
     With padding on the left these are the last token of each prompt and then every token of its answer.
@@ -271,24 +268,9 @@ def gated_edit(module: DiffModule, handle: Handle, fires: Tensor | None) -> Edit
     Args:
         module: The fitted subspaces.
         handle: What is done.
-        fires: Rows that are steered, `(batch,)`, boolean; None: all, and rows may leave the batch.
     """
 
     def edit(activation: Tensor, _positions: Tensor) -> Tensor:
-        last = activation[:, -1:]
-        changed = handle.change(module, last)
-        if fires is not None:
-            changed = torch.where(fires.to(last.device)[:, None, None], changed, last)
-        return torch.cat([activation[:, :-1], changed], 1)
+        return torch.cat([activation[:, :-1], handle.change(module, activation[:, -1:])], 1)
 
     return edit
-
-
-def masked(where: Tensor, fires: Tensor) -> Tensor:
-    """Leave out the rows on which a gate does not fire.
-
-    Args:
-        where: Where an edit acts, `(batch, position)`.
-        fires: `(batch,)`, boolean.
-    """
-    return where.masked_fill(~fires.to(where.device)[:, None], UNTOUCHED)

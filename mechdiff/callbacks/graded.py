@@ -54,14 +54,15 @@ def refusing(openings: Openings) -> Graded:
 
 
 def grades(prompt: Prompt, openings: Mapping[str, Openings]) -> list[Graded]:
-    """Return what can be graded of a prompt: refusing if its language has openings, its answer if it has one.
+    """Return what can be graded of a prompt: its answer if it has one, else refusing if openings are known.
 
     Args:
         prompt: The prompt.
         openings: Refusing and complying openings by language.
     """
-    found = [refusing(openings[prompt.lang])] if prompt.lang in openings else []
-    return found + ([Graded("logprob_correct", [prompt.answer])] if prompt.answer is not None else [])
+    if prompt.answer is not None:
+        return [Graded("logprob_correct", [prompt.answer])]
+    return [refusing(openings[prompt.lang])] if prompt.lang in openings else []
 
 
 def read_openings(path: Path) -> dict[str, Openings]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CHOSEN = "chosen_handle"
 """Quantity of the record that says which handle a run has chosen."""
+ENOUGH = 100
+"""Random subspaces that it takes to call an effect one."""
 LAST, ANSWER = "last", "last+answer"
 """Tokens that an edit changes: the last of the prompt, or also every token of the answer."""
 

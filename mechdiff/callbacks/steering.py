@@ -59,8 +59,7 @@ class Steering(SweepReport):
         graded_prompts: Evaluation targets whose graded behaviour is read.
         generated_prompts: Evaluation targets that are answered.
         draws: Random subspaces of each kind, 100 or more to claim an effect.
-        random_dev: Dev targets that choose the strength of a random subspace, evenly over languages.
-        random_eval: Evaluation targets on which it is read, the same.
+        random_eval: Evaluation targets on which a random subspace is read, evenly over languages.
         post_embedding_only: Edits act on the outputs of blocks; an embedding is no site.
 
     Raises:
@@ -83,7 +82,6 @@ class Steering(SweepReport):
         graded_prompts: int = 8,
         generated_prompts: int = 16,
         draws: int = 100,
-        random_dev: int = 8,
         random_eval: int = 12,
         post_embedding_only: bool = True,
     ) -> None:
@@ -102,7 +100,6 @@ class Steering(SweepReport):
             ("max_eval", max_eval),
             ("max_neutral", max_neutral),
             ("answer_chars", answer_chars),
-            ("random_dev", random_dev),
             ("random_eval", random_eval),
         ):
             if value is not None and value < 1:
@@ -118,7 +115,7 @@ class Steering(SweepReport):
         self.max_neutral, self.min_neutral = max_neutral, min_neutral
         self.answer_chars, self.graded_prompts = answer_chars, graded_prompts
         self.generated_prompts = generated_prompts
-        self.draws, self.random_dev, self.random_eval = draws, random_dev, random_eval
+        self.draws, self.random_eval = draws, random_eval
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
         """Sweep, choose, test; see the module's docstring."""
@@ -244,7 +241,7 @@ class Steering(SweepReport):
             for cell in chosen.values()
             if direction(cell.kind) == "into_base" and cell.kind != "interchange"
         ]
-        found = controls.random(cells, self.draws, self.random_dev, self.random_eval)
+        found = controls.random(cells, self.draws, self.random_eval)
         return list(self.track(found, "random subspaces"))
 
     def _tested(

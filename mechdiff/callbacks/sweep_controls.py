@@ -6,7 +6,8 @@
    half the depth (of the first block: of the model), as long relative to the states there. `label_swap`: the
    subspace of neutral prompts, and for `add` the opposite shift. `base_vs_base`: base's own state.
 3. Every control takes the strength with its largest effect on dev prompts, as a handle does, but with no
-   limit on what it costs, which favours it; its effect is then read on evaluation prompts.
+   limit on what it costs; its effect is then read on evaluation prompts. A random subspace takes the strength
+   with its largest effect on the evaluation prompts themselves, which favours it over the handle.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Random(NamedTuple):
         drawn: How they were drawn.
         kind: The edit whose length they have.
         k: Rank.
-        recovery: Recovery of each draw on evaluation prompts, `(draws,)`.
+        recovery: Recovery of each draw on evaluation prompts, at its best strength, `(draws,)`.
         prompts: Numbers of these prompts.
     """
 
@@ -156,16 +157,15 @@ class Controls:
         for control in found:
             yield self._outcome(control)
 
-    def random(self, cells: Sequence[Handle], draws: int, dev: int, final: int) -> Iterator[Random]:
+    def random(self, cells: Sequence[Handle], draws: int, final: int) -> Iterator[Random]:
         """Yield what random subspaces do, on a few prompts.
 
         Args:
             cells: Edits of base at their whole strength, whose ranks and lengths they have.
             draws: Subspaces of each kind; each serves all ranks.
-            dev: Prompts that choose the strength of each, evenly over languages.
-            final: Prompts on which it is then read, the same.
+            final: Evaluation prompts on which they are read, evenly over languages.
         """
-        tried, read = self.dev.few(dev), self.final.few(final)
+        read = self.final.few(final)
         for drawn in DRAWN:
             held = dict(self._bases(drawn, draws))
             for cell in (cell for cell in cells if cell.k in held):
@@ -182,8 +182,9 @@ class Controls:
 
                 solver = cell.solver or self.module.solver_name
                 control = Control("random", cell.kind, (cell.k,) * draws, shift, self.site, solver)
-                arms = self._outcome(control, tried, read).arms
-                yield Random(drawn, cell.kind, cell.k, arms.recovery(), read)
+                recovery = self._all_strengths(self.final, control, read).recovery()
+                best = recovery.nan_to_num(-torch.inf).view(len(self.alphas), draws).amax(0)
+                yield Random(drawn, cell.kind, cell.k, best, read)
 
     def _bases(self, drawn: str, draws: int) -> Iterator[tuple[int, Tensor]]:
         """Yield ranks and subspaces, `(draws, k, d)`; those of a lower rank lie in those of a higher one."""
@@ -215,18 +216,20 @@ class Controls:
     def _interchange(self, own: Tensor, donor: Tensor, basis: Tensor) -> Tensor:
         return self.module.change(self.site, "interchange", own, donor, basis=basis) - own
 
-    def _outcome(
-        self, control: Control, dev: Sequence[int] | None = None, final: Sequence[int] | None = None
-    ) -> Outcome:
-        n, grid = len(control.ks), torch.tensor(self.alphas)
+    def _all_strengths(self, prompts: Targets, control: Control, few: Sequence[int] | None = None) -> Arms:
+        """Measure all shifts at all strengths, strength by strength."""
+        grid = torch.tensor(self.alphas)
 
-        def all_strengths(index: int) -> Tensor:
-            own, shift = self._state(self.dev, control, index), control.shift(self.dev, index)
+        def edited(index: int) -> Tensor:
+            own, shift = self._state(prompts, control, index), control.shift(prompts, index)
             return (own + grid[:, None, None].to(own) * shift.to(own)).flatten(0, 1)
 
-        tried = self.dev.run(control.site, "into_base", all_strengths, dev)
-        best = tried.recovery().nan_to_num(-torch.inf).view(len(grid), n).argmax(0)
-        alphas = grid[best]
+        return prompts.run(control.site, "into_base", edited, few)
+
+    def _outcome(self, control: Control) -> Outcome:
+        recovery = self._all_strengths(self.dev, control).recovery().nan_to_num(-torch.inf)
+        best = recovery.view(len(self.alphas), len(control.ks)).argmax(0)
+        alphas = torch.tensor(self.alphas)[best]
 
         def chosen(index: int) -> Tensor:
             own, shift = self._state(self.final, control, index), control.shift(self.final, index)
@@ -235,7 +238,7 @@ class Controls:
         return Outcome(
             control,
             [self.alphas[i] for i in best.tolist()],
-            self.final.run(control.site, "into_base", chosen, final),
+            self.final.run(control.site, "into_base", chosen),
         )
 
     def _usual(self, site: Site) -> float:

@@ -44,7 +44,9 @@ from mechdiff.modules.base import DiffModule
 from mechdiff.results import Record
 
 SCREENS = (8, 32)
-"""Numbers of prompts after which an edit is given up if it costs too much for certain."""
+"""Numbers of prompts after which an edit that very likely costs too much is given up."""
+UNLIKELY = 0.98
+"""Coverage of the two-sided interval whose lower end, one-sided 99 %, must hold the bound until then."""
 TOKENS = 1024
 """Tokens of answers that are scored at once, over all edits."""
 
@@ -261,13 +263,13 @@ class Neutral:
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.mine.loaded.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def bound(self, cell: Handle, nats: Tensor) -> tuple[float, float]:
+    def bound(self, cell: Handle, nats: Tensor, level: float = ONE_SIDED) -> tuple[float, float]:
         """Return the one-sided bounds, from below and above, of how many more nats answers take, a share."""
         draws, rows = generator(self.seed, "side_effect_bpb"), self._read_by(cell, len(nats))
         if not len(rows):
             return 0.0, float("inf")
         plain = self.plain[self._which(cell), rows]
-        found = bootstrap_ratio(nats[rows], plain, generator=draws, level=ONE_SIDED)
+        found = bootstrap_ratio(nats[rows], plain, generator=draws, level=level)
         return found.low - 1, found.high - 1
 
     def choose(self, queues: Mapping[Any, Sequence[Handle]]) -> tuple[dict[Any, Handle], dict[Handle, Cost]]:
@@ -319,7 +321,7 @@ class Neutral:
                 for i, key in enumerate(keys):
                     nats[key] = torch.cat([nats[key], more[:, i]])
                     stay[key] = torch.cat([stay[key], longer[:, i]])
-                keys = [key for key in keys if self.bound(front[key], nats[key])[0] <= MAX_BPB]
+                keys = [key for key in keys if self.bound(front[key], nats[key], UNLIKELY)[0] <= MAX_BPB]
                 if not keys:
                     break
             tried |= {front[key]: Cost(column) for key, column in nats.items()}

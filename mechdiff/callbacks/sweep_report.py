@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mechdiff.callbacks.base import Item
-from mechdiff.callbacks.handle_evaluation import ANSWER, CHOSEN, LAST, Handle, HandleEvaluation
+from mechdiff.callbacks.handle_evaluation import ANSWER, CHOSEN, ENOUGH, LAST, Handle, HandleEvaluation
 from mechdiff.callbacks.sweep_behaviour import Moved
 from mechdiff.callbacks.sweep_controls import Random
 from mechdiff.callbacks.sweep_effects import INTO_TUNED, Arms, direction
@@ -30,9 +30,6 @@ NONE = {True: "none_feasible", False: "no_effect"}
 THRESHOLDS = {"minimal_k_10": 0.1, "minimal_k_20": 0.2}
 NEARLY_ALL = 0.9
 """Share of what the whole state does that the rank of a difference must reach."""
-
-ENOUGH = 100
-"""Random subspaces that it takes to call an effect one."""
 
 Key = tuple[str, int]  # kind and rank
 

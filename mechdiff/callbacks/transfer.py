@@ -3,11 +3,13 @@
 1. From the stored training rows of each language alone, and of all together, a subspace (uncentred SVD of
    tuned − base on target prompts) and a ridge map from base to tuned are fitted in closed form.
 2. Base is edited at the last position of evaluation targets of every language, of further prompt files and
-   under other wrappings, towards tuned's own state (`interchange`) or the mapped one (`mapped`).
+   under other wrappings, towards tuned's own state (`interchange`) or the mapped one (`mapped`), with the
+   rank and the strength that the run has chosen for that kind of edit.
 3. Effects are recovery, `1 − KL(tuned ‖ edited) / KL(tuned ‖ base)` over shared tokens, and the share of the
    gap in graded behaviour, with shared-vocabulary masking and without. Where tuned does not differ from base
    in a language, the record says so. Beside recovery stands the range of random subspaces of the same rank,
-   in edits as long, prompt by prompt, as those of the handle fitted on all languages.
+   drawn isotropically, in edits as long, prompt by prompt, as those of the same kind by the handle fitted on
+   all languages.
 
 Distributions are always compared over shared tokens: where base lacks a token no finite divergence exists.
 """
@@ -26,7 +28,9 @@ from torch import Tensor
 from mechdiff.callbacks.base import Item, readable, spread
 from mechdiff.callbacks.graded import Openings, grades, read_openings
 from mechdiff.callbacks.handle_evaluation import (
+    ENOUGH,
     LAST,
+    Handle,
     HandleEvaluation,
     residuals,
     same_end,
@@ -41,7 +45,7 @@ from mechdiff.data.prompts import Prompt, load_prompts
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.clt import map_states
 from mechdiff.functional.handles import random_basis
-from mechdiff.functional.metrics import kl_divergence
+from mechdiff.functional.metrics import kl_divergence, kl_from_logits
 from mechdiff.functional.stats import generator
 from mechdiff.functional.steering import interchange
 from mechdiff.interventions.sites import Site
@@ -55,10 +59,10 @@ PLAIN = "{text}"
 TEMPLATES = (PLAIN, '"{text}"', "1) {text}", "# {text}\n\n---")
 """Wrappings in no language of their own."""
 EDITS = ("interchange", "mapped")
-_OWN, _RANDOM = ("", "none"), ("random", "interchange")
+_OWN, _RANDOM = ("", "none"), "random"
 MASKINGS = (False, True)
 DRAWS = 20
-"""Fewest random subspaces that have a 95th percentile."""
+"""Fewest random subspaces that have a 95th percentile; from `ENOUGH` on an effect may be claimed."""
 
 
 Arm = tuple[str, str]  # what the handle was fitted on, edit
@@ -69,8 +73,8 @@ class Transfer(HandleEvaluation):
 
     Args:
         languages: Languages to fit on, each alone.
-        k: Number of directions.
-        alpha: Strength; 1 is the whole edit.
+        k: Number of directions; by default those that the run chose, else 4.
+        alpha: Strength; by default the one that the run chose, else 1, the whole edit.
         edits: Some of `interchange` and `mapped`.
         extra_prompts: Prompt files beside those of the pair; their prompts of split eval are tested.
         templates: Wrappings, each with ``{text}``; ``{text}`` alone is always tested.
@@ -87,8 +91,8 @@ class Transfer(HandleEvaluation):
     def __init__(
         self,
         languages: Sequence[str] = ("kk", "en"),
-        k: int = 4,
-        alpha: float = 1.0,
+        k: int | None = None,
+        alpha: float | None = None,
         edits: Sequence[str] = EDITS,
         extra_prompts: Sequence[FilePath] = (),
         templates: Sequence[str] = TEMPLATES,
@@ -96,7 +100,7 @@ class Transfer(HandleEvaluation):
         template_prompts: int = 8,
         graded_prompts: int = 6,
         lambdas: Sequence[float] = LAMBDA_GRID,
-        draws: int = DRAWS,
+        draws: int = ENOUGH,
     ) -> None:
         super().__init__()
         if unknown := sorted(set(edits) - set(EDITS)):
@@ -105,7 +109,7 @@ class Transfer(HandleEvaluation):
             raise ConfigError(
                 f"template {bad[0]!r} has no place for the message; allowed: with {{text}} (key: templates)"
             )
-        if k < 1:
+        if k is not None and k < 1:
             raise ConfigError(f"k is {k}; allowed: 1 or more (key: k)")
         if draws < DRAWS:
             raise ConfigError(f"draws is {draws}; allowed: {DRAWS} or more (key: draws)")
@@ -116,17 +120,23 @@ class Transfer(HandleEvaluation):
         self.graded_prompts, self.lambdas = graded_prompts, tuple(lambdas)
         self.draws = draws
         self.drawn: dict[Site, Tensor] = {}
+        self.handles: dict[str, Handle] = {}
+        self.not_chosen: dict[str, str | None] = {}
         self.voices: dict[str, Voice] = {}
 
     def evaluate(self, module: DiffModule, pair: LoadedPair, prompts: Sequence[Prompt]) -> Iterable[Record]:
         """Fit on each language, test on all; see the module's docstring."""
         if self.data is None:
             raise ConfigError("Transfer needs the activations of a fit (key: data.class_path)")
+        for edit in self.edits:
+            self.handles[edit] = self.handle(module, edit, self.k, self.alpha)
+            self.not_chosen[edit] = self.unchosen
+        most = max(handle.k for handle in self.handles.values())
         fits: dict[Site, dict[str, Fit]] = {}
         for site in residuals(module):
-            fits[site] = fit_languages(self.data, str(site), self.languages, self.k, self.lambdas)
+            fits[site] = fit_languages(self.data, str(site), self.languages, most, self.lambdas)
             source = generator(self.seed, "transfer", site)
-            bases = [random_basis(self.k, pair.base.width, source) for _ in range(self.draws)]
+            bases = [random_basis(most, pair.base.width, source) for _ in range(self.draws)]
             self.drawn[site] = torch.stack(bases).float()
             for name in (n for n in (*self.languages, ALL) if n not in fits[site]):
                 where, none = {"lang": ALL, "template": PLAIN}, {name: Fit(self.drawn[site][0], None, 0)}
@@ -166,13 +176,13 @@ class Transfer(HandleEvaluation):
         for side in (base, tuned):
             side.read(list(fits))
         columns: dict[Site, dict[Arm, list[float]]] = {site: defaultdict(list) for site in fits}
-        random: dict[Site, list[Tensor]] = {site: [] for site in fits}
+        random: dict[tuple[Site, str], list[Tensor]] = defaultdict(list)
         for index in self.track(able, f"transfer to {where['lang']}"):
             for site, arms in fits.items():
                 for arm, kl in self._next_token(base, tuned, index, site, arms).items():
                     columns[site][arm].append(kl)
-                if arms:
-                    random[site].append(self._random(base, tuned, index, site, arms))
+                for edit in self.edits if arms else ():
+                    random[site, edit].append(self._random(base, tuned, index, site, arms, edit))
         gap = torch.stack([kl_divergence(tuned.log_p[i], base.log_p[i]) for i in able])
         flags = ("unaligned_prompts",) if len(able) < len(kept) else ()
         for site, nats_of in columns.items():
@@ -180,26 +190,35 @@ class Transfer(HandleEvaluation):
             for arm, nats in nats_of.items():
                 about = self._about(site, arm, where, fits[site], metric="recovery", masking=True)
                 column = torch.tensor(nats, dtype=torch.float64)
-                yield self.ratio(column, gap, floor, "transfer_effect", **about, flags=flags)
+                claim = () if self.draws >= ENOUGH else ("no_random_control",)
+                about["flags"] = (*about["flags"], *flags, *claim)
+                yield self.ratio(column, gap, floor, "transfer_effect", **about)
                 self._keep(site, arm, where, [kept[i].id for i in able], "transfer_kl", nats)
-            if random[site]:
-                yield self._range(site, torch.stack(random[site]), gap, floor, where, flags)
+            for edit in self.edits if fits[site] else ():
+                drawn = torch.stack(random[site, edit])
+                yield self._range(site, edit, drawn, gap, floor, where, flags)
         few = set(spread([kept[i] for i in able if grades(kept[i], openings)], self.graded_prompts))
         yield from self._behaviour({"base": base, "tuned": tuned}, kept, few, fits, where, openings)
 
-    def _random(self, base: Side, tuned: Side, index: int, site: Site, fits: Mapping[str, Fit]) -> Tensor:
+    def _random(
+        self, base: Side, tuned: Side, index: int, site: Site, fits: Mapping[str, Fit], edit: str
+    ) -> Tensor:
         """Return KL(tuned ‖ edited base) in nats for every random subspace, `(draws,)`."""
         own = base.states[index][site][-1]
         donor = tuned.states[index][site][-1].to(own)
-        handle = fits.get(ALL) or next(iter(fits.values()))
-        length = (interchange(own, donor, handle.basis.to(own.device), self.alpha) - own).norm()
-        change = torch.stack([interchange(own, donor, b.to(own.device), 1.0) - own for b in self.drawn[site]])
+        name = ALL if ALL in fits else next(iter(fits))
+        whole = self._edited(base, tuned, index, site, {name: fits[name]})
+        length = (whole[name, edit] - own).norm()
+        bases = self.drawn[site][:, : self.handles[edit].k].to(own.device)
+        change = torch.stack([interchange(own, donor, basis, 1.0) - own for basis in bases])
         hidden = own + length * torch.nn.functional.normalize(change, dim=-1)
-        return torch.tensor(self._nats(base, tuned, index, site, hidden)[0], dtype=torch.float64)
+        reference = tuned.log_p[index].to(hidden.device)
+        return kl_from_logits(reference, self._log_p(base, index, site, hidden)).cpu()
 
     def _range(
         self,
         site: Site,
+        edit: str,
         nats: Tensor,
         gap: Tensor,
         floor: float,
@@ -207,13 +226,14 @@ class Transfer(HandleEvaluation):
         flags: tuple[str, ...],
     ) -> Record:
         """Return the range of random subspaces, of nats `(prompts, draws)`."""
-        none = {_RANDOM[0]: Fit(self.drawn[site][0], None, 0)}
-        about = self._about(site, _RANDOM, where, none, metric="recovery", masking=True, draws=self.draws)
+        none, arm = {_RANDOM: Fit(self.drawn[site][0], None, 0)}, (_RANDOM, edit)
+        about = self._about(site, arm, where, none, metric="recovery", masking=True, draws=self.draws)
+        about["flags"] = (*about["flags"], *flags, *(("few_draws",) if self.draws < ENOUGH else ()))
         if not self.gap(gap, floor, about):
-            return missing("transfer_effect", "gap_too_small", {**about, "n": len(gap), "flags": flags})
+            return missing("transfer_effect", "gap_too_small", {**about, "n": len(gap)})
         recovery = 1 - nats.mean(0) / gap.mean()
         low, middle, high = recovery.quantile(torch.tensor([0.05, 0.5, 0.95]).double()).tolist()
-        about |= {"low": low, "high": high, "n": len(gap), "flags": flags}
+        about |= {"low": low, "high": high, "n": len(gap)}
         return Record(quantity="transfer_effect", value=middle, **about)
 
     def _next_token(
@@ -221,21 +241,18 @@ class Transfer(HandleEvaluation):
     ) -> dict[Arm, float]:
         """Return KL(tuned ‖ edited base) in nats by arm; the first is base's own divergence from itself."""
         states = self._edited(base, tuned, index, site, fits)
-        nats, log_p = self._nats(base, tuned, index, site, torch.stack(list(states.values())))
-        found = dict(zip(states, nats, strict=True))
+        log_p = self._log_p(base, index, site, torch.stack(list(states.values())))
+        reference = tuned.log_p[index].to(log_p.device)
+        nats = kl_divergence(reference.expand_as(log_p), log_p).tolist()
+        found: dict[Arm, float] = dict(zip(states, nats, strict=True))
         found[_OWN] = kl_divergence(base.log_p[index], log_p[0]).item()
         return found
 
-    def _nats(
-        self, base: Side, tuned: Side, index: int, site: Site, states: Tensor
-    ) -> tuple[list[float], Tensor]:
-        """Return KL(tuned ‖ base with a state) by state `(states, d)`, and base's log-probabilities."""
+    def _log_p(self, base: Side, index: int, site: Site, states: Tensor) -> Tensor:
+        """Return base's log-probabilities with each of some states `(states, d)`."""
         ids = base.ids(index)[:, -1:].expand(len(states), -1)
         logits = base.engine.resume(site.layer, states[:, None], ids, prefix=base.prefixes[index])
-        log_p = base.restricted(logits)
-        reference = tuned.log_p[index].to(log_p.device)
-        nats: list[float] = kl_divergence(reference.expand_as(log_p), log_p).tolist()
-        return nats, log_p
+        return base.restricted(logits)
 
     def _edited(
         self, base: Side, tuned: Side, index: int, site: Site, fits: Mapping[str, Fit]
@@ -247,7 +264,9 @@ class Transfer(HandleEvaluation):
             assert affine is not None
             for edit in self.edits:
                 other = donor if edit == "interchange" else map_states(own, affine)
-                states[name, edit] = interchange(own, other.to(own), basis.to(own.device), self.alpha)
+                handle = self.handles[edit]
+                inside = basis[: handle.k].to(own.device)
+                states[name, edit] = interchange(own, other.to(own), inside, handle.alpha)
         return states
 
     def _behaviour(
@@ -301,8 +320,8 @@ class Transfer(HandleEvaluation):
         cell = {
             "fitted_on": fitted,
             "edit": edit,
-            "k": self.k,
-            "alpha": self.alpha,
+            "k": self.handles[edit].k,
+            "alpha": self.handles[edit].alpha,
             **where,
             "acts_on": LAST,
             **more,
@@ -313,8 +332,9 @@ class Transfer(HandleEvaluation):
             "split": "eval",
             "positions": "last",
             "unit": "fraction",
-            "control": "random" if fitted == _RANDOM[0] else "none",
+            "control": "random" if fitted == _RANDOM else "none",
             "params": {**cell, "solver": "paired_svd", "fit_prompts": fits[fitted].prompts},
+            "flags": () if self.not_chosen[edit] is None else ("not_chosen",),
         }
 
     def _keep(

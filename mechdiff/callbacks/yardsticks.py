@@ -154,6 +154,7 @@ class Yardsticks(HandleEvaluation):
         for price in _prices(self.earlier):
             edit, k, alpha = (price.params[name] for name in ("edit", "k", "alpha"))
             named = {"edit": "weights_at_equal_cost", "handle": f"{edit}, k = {k}, α = {alpha:g}"}
+            about["site"] = price.site
             if not run.pair.shared.identical:  # the line begins in tuned's tokens, where base never was
                 unread = {**about, "params": named, "n": len(run.targets)}
                 yield missing("interchange_recovery", "tokenizers_differ", unread)
@@ -164,6 +165,7 @@ class Yardsticks(HandleEvaluation):
             params = {
                 **named,
                 "cost": price.value,
+                "cost_n": price.n,
                 "lambda_": lambdas[low] + part * (lambdas[low + 1] - lambdas[low]),
             }
             left = nats[low] + part * (nats[low + 1] - nats[low])

@@ -66,20 +66,16 @@ class Handles(NamedTuple):
         bases: Orthonormal rows by solver, `(k, d)`.
         delta: Difference in means, not normalised, `(d,)`.
         neutral_tuned: Mean of tuned's neutral states, `(d,)`.
-        neutral_base: The same of base.
         affine: Ridge map from base's to tuned's states.
         chosen: Index of its lambda.
-        scale: Median norm of base's states.
         factor: F with FᵀF the covariance of base's states up to `FACTOR` directions, `(r, d)`.
     """
 
     bases: dict[str, Tensor]
     delta: Tensor
     neutral_tuned: Tensor
-    neutral_base: Tensor
     affine: AffineMap
     chosen: int
-    scale: float
     factor: Tensor
 
 
@@ -130,10 +126,8 @@ def fit(rows: Rows, validation: Rows, recipe: Recipe) -> Handles:
         bases={name: _towards(basis, delta) for name, basis in bases.items()},
         delta=delta,
         neutral_tuned=tuned[neutral].mean(0),
-        neutral_base=base[neutral].mean(0),
         affine=affine,
         chosen=chosen,
-        scale=float(base.norm(dim=-1).median()),
         factor=_towards(values[:, None] * vectors, torch.zeros_like(delta))[:FACTOR],
     )
 

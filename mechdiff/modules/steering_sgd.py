@@ -5,7 +5,7 @@
 3. `contrast`: the share of tuned − base on target prompts outside the subspace, plus a penalty on what lies
    inside on neutral prompts, in the same unit. `causal`: whatever a scorer, set from outside, says of the
    basis inside the frozen model. The module never holds that model.
-4. Several processes take the step that one would take with all of their rows.
+4. Several processes take the step that one would take with all of their rows; `causal` runs in one.
 5. After every epoch the basis is copied to a buffer, so that everything downstream is that of `Subspaces`.
 
 Source: Geiger et al. 2023 (arXiv:2303.02536), section 3 (a trained orthonormal basis).
@@ -119,13 +119,16 @@ class SteeringSubspaceSGD(SteeringSubspace):
         self._scorer = scorer
 
     def setup(self, stage: str) -> None:
-        """Refuse a test by several processes, each of which would report on a part of the rows.
+        """Refuse several processes in a test or with the causal loss: each would see a part of the rows.
 
         Raises:
             FitError: If there is more than one.
         """
         if stage != "fit":
             super().setup(stage)
+        elif self.loss == "causal" and self.trainer.world_size > 1:
+            got = f"trainer.devices gives {self.trainer.world_size} processes"
+            raise FitError(f"{got}; allowed with model.loss causal: 1")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam; without decay, which would shrink the signs that the reflections are kept with."""

@@ -55,10 +55,8 @@ class Subspaces(DiffModule):
     question = "rq3"
     delta: Tensor
     neutral_tuned: Tensor
-    neutral_base: Tensor
     map_weight: Tensor
     map_bias: Tensor
-    scale: Tensor
     factor: Tensor
     energy: Tensor
     chosen: Tensor
@@ -102,10 +100,8 @@ class Subspaces(DiffModule):
         for name, shape in (
             ("delta", (d,)),
             ("neutral_tuned", (d,)),
-            ("neutral_base", (d,)),
             ("map_weight", (d, d)),
             ("map_bias", (d,)),
-            ("scale", ()),
             ("factor", (min(FACTOR, d), d)),
             ("energy", (self.k,)),
         ):
@@ -178,13 +174,13 @@ class Subspaces(DiffModule):
         """Write what was found at a site into the buffers."""
         for solver, basis in found.bases.items():
             getattr(self, f"basis_{solver}")[site] = basis.to(self.delta)
-        for name in ("delta", "neutral_tuned", "neutral_base"):
+        for name in ("delta", "neutral_tuned"):
             getattr(self, name)[site] = getattr(found, name).to(self.delta)
         self.map_weight[site] = found.affine.weight.to(self.delta)
         self.map_bias[site] = found.affine.bias.to(self.delta)
         self.factor[site].zero_()
         self.factor[site, : len(found.factor)] = found.factor.to(self.delta)
-        self.scale[site], self.chosen[site] = found.scale, found.chosen
+        self.chosen[site] = found.chosen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the subspaces of other sites, or those fitted in another way.

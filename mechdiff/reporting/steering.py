@@ -162,7 +162,7 @@ def _main(results: Results, quantity: str, split: str) -> list[Record]:
     found = [
         r
         for r in results.select(question="rq3", quantity=quantity, control="none", split=split)
-        if r.params.get("edit") in EDITS and r.params.get("k") is not None
+        if r.params.get("edit") in EDITS and r.params.get("k") is not None and "gate" not in r.params
     ]
     solvers = [r.params.get("solver") for r in found if r.params["edit"] == "interchange"]
     own = max(dict.fromkeys(solvers), key=solvers.count, default=None)

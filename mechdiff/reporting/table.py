@@ -137,7 +137,11 @@ def handle_table(results: Results) -> Table:
     headings = ("recovery", "behaviour", "costs: bits\nper byte (%)", "answers that\nturn (pp)", "away")
     for heading in headings:
         table.add_column(heading, justify="right")
-    here = results.select(question="rq3", site=site, split="eval", control="none")
+    here = [
+        r
+        for r in results.select(question="rq3", site=site, split="eval", control="none")
+        if "gate" not in r.params
+    ]
     cells: dict[tuple[str, int], dict[str, Record]] = {}
     for r in here:
         key = (str(r.params.get("edit")), int(r.params.get("k") or 0))

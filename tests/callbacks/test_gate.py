@@ -1,15 +1,15 @@
-"""A gate: off is base bit for bit, on is unconditional, a mixed batch is separate ones."""
+"""A gate: it keeps the effect, spares neutral prompts, and answers are edited as they are scored."""
 
 import pytest
 import torch
 
-from mechdiff.callbacks.gate import Gate, gated_edit, masked
+from mechdiff.callbacks.gate import Gate, everywhere
 from mechdiff.callbacks.handle_evaluation import Handle
-from mechdiff.callbacks.side_effects import answer_nats
 from mechdiff.errors import ConfigError
 from mechdiff.interventions.generation import generate
 from mechdiff.interventions.hooks import intervene
-from mechdiff.interventions.sites import Site
+from mechdiff.interventions.sites import POSITIONS, Site
+from mechdiff.modules.base import UNTOUCHED
 from mechdiff.pairs.alignment import encode
 from mechdiff.results import Record
 from tests.callbacks.handles import ALL, SITES, measure, pair_of, policy, stored, subspaces, texts
@@ -38,72 +38,19 @@ def found(planted):
     return callback, measure(callback, module, pair_of(base, tuned), texts("dev", "eval"))
 
 
-@pytest.fixture(scope="module")
-def answers(planted):
-    contexts = [encode(planted[0].tokenizer, p.text).input_ids for p in ALL[::5]]
-    return contexts, generate(planted[0].model, contexts, 4)
-
-
-def nats(planted, answers, fires, rows=None):
+def test_answers_are_edited_on_the_last_token_of_every_forward(planted):
     base, _, module = planted
-    rows = range(len(answers[0])) if rows is None else rows
-
-    def edits(batch, where):
-        return HANDLE.edits(module, masked(where, torch.tensor([fires[rows[i]] for i in batch])))
-
-    return answer_nats(base.model, *([part[i] for i in rows] for part in answers), edits)
-
-
-def test_a_gate_that_is_off_is_base_and_one_that_is_on_is_unconditional(planted, answers):
-    base, _, module = planted
-    n = len(answers[0])
-    plain = answer_nats(base.model, *answers)
-    assert torch.equal(nats(planted, answers, [False] * n), plain)
-    whole = answer_nats(
-        base.model, *answers, lambda _, where: module.edits(None, where, site=HANDLE.site, kind="mapped", k=2)
-    )
-    assert torch.equal(nats(planted, answers, [True] * n), whole)
-    assert (whole - plain).abs().max() > 1e-3
-
-
-def test_a_mixed_batch_is_separate_batches(planted, answers):
-    n = len(answers[0])
-    fires = [i % 2 == 0 for i in range(n)]
-    mixed = nats(planted, answers, fires)
-    for state in (True, False):
-        rows = [i for i in range(n) if fires[i] is state]
-        assert (mixed[rows] - nats(planted, answers, fires, rows)).abs().max() < 1e-4
-    plain = answer_nats(planted[0].model, *answers)
-    spared = [i for i in range(n) if not fires[i]]
-    assert torch.equal(mixed[spared], plain[spared])
-
-
-def test_a_decision_is_kept_while_decoding(planted):
-    """The library's own loop keeps every row in the batch."""
-    base, _, module = planted
-    ids = torch.randint(5, 290, (4, 9), generator=torch.Generator().manual_seed(0))
-    fires = torch.tensor([True, False, True, False])
-
-    def decode(edits):
-        with intervene(base.model, edits), torch.no_grad():
-            out = base.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=6,
-                min_new_tokens=6,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-                pad_token_id=0,
-            )
-        return torch.stack(out.logits, 1)
-
-    plain = decode({})
-    whole = decode({HANDLE.site: gated_edit(module, HANDLE, None)})
-    mixed = decode({HANDLE.site: gated_edit(module, HANDLE, fires)})
-    assert torch.equal(mixed[~fires], plain[~fires])
-    assert torch.equal(mixed[fires], whole[fires])
-    assert not torch.equal(whole[fires], plain[fires])
+    contexts = [encode(base.tokenizer, p.text).input_ids for p in ALL[::5]]
+    with intervene(base.model, {HANDLE.site: everywhere(module, HANDLE)}):
+        said = generate(base.model, contexts, 4)
+    assert said != generate(base.model, contexts, 4)
+    for context, answer in zip(contexts, said, strict=True):
+        for place, token in enumerate(answer):
+            ids = torch.tensor([[*context, *answer[:place]]])
+            where = torch.full(ids.shape, UNTOUCHED)
+            where[:, len(context) - 1 :] = POSITIONS.index("last")
+            with intervene(base.model, HANDLE.edits(module, where)), torch.no_grad():
+                assert int(base.model(ids).logits[0, -1].argmax()) == token
 
 
 def value(results, quantity, gate, **more):

@@ -43,7 +43,6 @@ SIZES = {
     "generated_prompts": 4,
     "graded_prompts": 2,
     "draws": 100,
-    "random_dev": 2,
     "random_eval": 4,
 }
 
@@ -411,15 +410,18 @@ def test_random_edits_are_as_long_as_the_edit_they_stand_beside(planted):
     controls = Controls(module, SITE, [2], [1.0], targets, targets, 17)
     seen = {}
 
-    def outcome(control, dev, final):
-        seen[control.kind] = [control.shift(targets, i).norm(dim=-1) for i in dev]
-        return SimpleNamespace(arms=SimpleNamespace(recovery=lambda: torch.zeros(5)))
+    def measured(prompts, control, few):
+        assert prompts is targets
+        seen[control.kind] = [control.shift(targets, i).norm(dim=-1) for i in few]
+        return SimpleNamespace(recovery=lambda: torch.tensor([0.3] * 5 + [0.1, 0.2, 0.3, 0.4, 0.5]))
 
-    controls._outcome = outcome
+    controls._all_strengths, controls.alphas = measured, (0.5, 1.0)
     kinds = {"interchange": 2, "mapped": 2, "add": 1}
     controls.ks = (1, 2)
     cells = [Handle(SITE, kind, k, 1.0, "paired_svd") for kind, k in kinds.items()]
-    found = list(controls.random(cells, 5, 4, 2))
+    found = list(controls.random(cells, 5, 4))
+    best = torch.tensor([0.3, 0.3, 0.3, 0.4, 0.5])
+    assert all(torch.equal(r.recovery, best) for r in found)  # each at its own best strength
     assert {(r.kind, r.k) for r in found} == set(kinds.items())
     assert {targets.prompts[i].lang for i in found[0].prompts} == {"en", "kk"}
     for cell in cells:
@@ -475,7 +477,8 @@ def test_the_largest_effect_that_costs_little_is_chosen():
     chosen, tried = priced.choose(queues)
     assert {key: cell.alpha for key, cell in chosen.items()} == {"a": 0.25, "b": 0.1, "d": 0.3}
     assert isinstance(next(iter(tried.values())), Cost)
-    assert (2.0, 28) not in priced.asked  # hopeless after the first prompts
+    assert (2.0, 8) in priced.asked
+    assert (2.0, 24) not in priced.asked  # hopeless after the first prompts
     assert 3.0 not in {cell.alpha for cell in tried if cell.k == 1}  # larger than one that fails
     assert tried[chosen["b"]].turned == [False] * 60
 

@@ -55,7 +55,7 @@ def test_a_direction_works_for_its_own_language_alone(found):
     assert value(results, "kk", "ru").value > value(results, "en", "ru").value  # words in common
     random = value(results, "random", "kk")
     assert random.control == "random"
-    assert random.params["draws"] == 20
+    assert random.params["draws"] == 100
     assert random.low <= random.value <= random.high < 0.5
 
 
@@ -85,7 +85,7 @@ def test_every_cell_is_there_once(found):
     callback, results = found
     keys = [r.key for r in results]
     assert len(set(keys)) == len(keys)
-    cells = len(SITES) * 3 * len(callback.templates) * (3 * 2 + 1)
+    cells = len(SITES) * 3 * len(callback.templates) * (3 * 2 + 2)
     assert len(results.select(metric="recovery")) == cells
     graded = results.select(metric="refusal_logodds")
     assert {r.params["lang"] for r in graded} == {"en", "kk"}
@@ -109,7 +109,7 @@ def test_a_language_with_too_few_prompts_is_named():
     base, tuned, _ = policy()
     callback = Transfer(k=9, max_prompts=2, graded_prompts=0, templates=())
     callback.data = stored(base, tuned)
-    results = measure(callback, subspaces(base, tuned), pair_of(base, tuned), texts("eval"))
+    results = measure(callback, subspaces(base, tuned, k=9), pair_of(base, tuned), texts("eval"))
     assert {r.params["fitted_on"] for r in results.select(reason="too_few_prompts")} == {"kk", "en"}
     assert {r.params["fitted_on"] for r in results if r.value is not None} == {"all", "random"}
     whole = value(results, "all", "en")

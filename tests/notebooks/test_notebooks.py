@@ -33,7 +33,6 @@ FEW: dict[str, dict[str, dict[str, Any]]] = {
             "alphas": [0.5, 1.0],
             "min_neutral": 4,
             "draws": 4,
-            "random_dev": 1,
             "random_eval": 2,
             "graded_prompts": 0,
             "generated_prompts": 0,

@@ -97,7 +97,11 @@ def _all(view: View, quantity: str, split: str) -> list[Record]:
         return []
     site = handle_site(view.pair.runs["rq3"].results)
     found = view.pair.select("rq3", quantity=quantity, control="none", split=split, site=site)
-    return [r for r in found if r.params.get("edit") in EDITS and r.params.get("k") is not None]
+    return [
+        r
+        for r in found
+        if r.params.get("edit") in EDITS and r.params.get("k") is not None and "gate" not in r.params
+    ]
 
 
 def _panel(view: View) -> Panel:

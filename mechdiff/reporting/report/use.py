@@ -35,7 +35,7 @@ def yardsticks(view: View) -> list[Table]:
     return (
         [
             Table(
-                "What a system prompt and interpolated weights achieve on the same prompts.",
+                "What a system prompt and interpolated weights achieve; n says on how many targets.",
                 head,
                 rows,
                 detail=True,
@@ -60,16 +60,18 @@ def _transferred(found: Sequence[Record], view: View) -> list[Text]:
             ]
             said.append(Text([*parts, view.number(own), f" when fitted on {lang}."], kind="item"))
     wrapped = [r for r in found if r.params.get("fitted_on") == "all" and r.value is not None]
-    if len({r.params.get("template") for r in wrapped}) > 1:
-        least, most = (pick(wrapped, key=lambda r: r.value or 0) for pick in (min, max))
-        count_ = len({r.params.get("template") for r in wrapped})
+    for lang in dict.fromkeys(str(r.params.get("lang")) for r in wrapped):
+        here = [r for r in wrapped if str(r.params.get("lang")) == lang]
+        if len({r.params.get("template") for r in here}) < 2:
+            continue
+        least, most = (pick(here, key=lambda r: r.value or 0) for pick in (min, max))
         parts = [
-            f"Over {count_} wrappings of the prompt: from ",
+            f"Over {len(here)} wrappings of the prompt ({lang}): from ",
             view.number(least),
             " to ",
             view.number(most),
         ]
-        said.append(Text([*parts, f" (n = {span(wrapped)})."], kind="item"))
+        said.append(Text([*parts, f" (n = {span(here)})."], kind="item"))
     return said
 
 
@@ -97,13 +99,18 @@ def transfer(view: View) -> list[Table | Text]:
         random = [
             c
             for c in view.pair.select("rq3", quantity="transfer_effect", control="random", site=site)
-            if all(c.params.get(p) == r.params.get(p) for p in ("lang", "template", "metric", "masking"))
+            if all(
+                c.params.get(p) == r.params.get(p) for p in ("edit", "lang", "template", "metric", "masking")
+            )
         ]
         rows.append(view.row(label, r, random[:1] or [None]))
     spoken = _transferred([r for r in found if r.params["edit"] == edit and r.site == site], view)
+    first = next(r for r in found if r.params["edit"] == edit and r.site == site)
+    which = "a default, not the chosen one" if "not_chosen" in first.flags else "as chosen"
     caption = (
-        f"{view.name}: recovery by the {edit} handle, fitted on → tested on; “as” names another "
-        "wrapping of the prompt."
+        f"{view.name}: recovery by the {edit} handle (k = {first.params['k']}, α = "
+        f"{first.params['alpha']:g}: {which}), fitted on → tested on; “as” names another wrapping "
+        "of the prompt."
     )
     return [
         *spoken,
