@@ -105,7 +105,9 @@ def _difference(quantity: str, first: Side, second: Side, found: Interval, by_pr
         "contrast": f"{second.name} − {first.name}",
     }
     about |= {"sites": [a.site, b.site]} if a.site or b.site else {}
-    about |= {k: a.params[k] for k in ("rule", "floor_from", "edit", "direction") if k in a.params}
+    about |= {k: a.params[k] for k in ("rule", "floor_from", "direction") if k in a.params}
+    if "edit" in a.params:  # each pair has a handle of its own
+        about["handles"] = [f"{r.params['edit']}, k = {r.params['k']}" for r in (a, b)]
     known = first.prompts is not None and second.prompts is not None
     n = len((first.prompts or set()) | (second.prompts or set())) if known else max(a.n, b.n)
     apart = known and not (first.prompts or set()) & (second.prompts or set())

@@ -31,6 +31,8 @@ RUNS = {"rq1": ("test", "rq1"), "rq2": ("fit", "clt"), "rq3": ("fit", "steering"
 """Verb of a question and the beginning of its configuration's name."""
 MINUTES = {"rq1": 10.0, "rq2": 5.0, "rq3": 15.0, "rq4": 10.0}
 """Expected on two cores for the embedded pairs; only the remaining time shown rests on it."""
+HASTE = 0.15
+"""What a quick study takes of that."""
 QUICK = "quick"
 """Folder of configurations that replace numbers of prompts and sweeps by smaller ones."""
 MARKER = "done.json"
@@ -54,6 +56,11 @@ class Step:
     question: str
     configs: tuple[Path, ...]
     out: Path
+
+    @property
+    def expected(self) -> float:
+        """How long it should take, in seconds; a configuration over another one makes it quick."""
+        return 60 * MINUTES[self.question] * (HASTE if len(self.configs) > 1 else 1.0)
 
     @property
     def folder(self) -> Path:

@@ -109,7 +109,7 @@ def _study(given: argparse.Namespace, more: Sequence[str]) -> int:
 
 def _run(steps: Sequence[Step], more: Sequence[str], console: Console) -> list[Step]:
     """Run what is not done; return what failed."""
-    from mechdiff.study import MINUTES, RUNS
+    from mechdiff.study import RUNS
 
     failed: list[Step] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), Remaining())
@@ -127,7 +127,7 @@ def _run(steps: Sequence[Step], more: Sequence[str], console: Console) -> list[S
             if step.ended:
                 console.print(f"{named}: run again: rq1 proposes other layers than it had", highlight=False)
             began = time.monotonic()
-            left = 60 * sum(MINUTES[s.question] for s in steps[number:] if not s.done)
+            left = sum(s.expected for s in steps[number:] if not s.done)
             said = f"{step.name} {step.question} ({number + 1} of {len(steps)})"
             since = lambda began=began: time.monotonic() - began  # noqa: E731 - read while it runs
             progress.update(task, description=said, left=left, pace=_pace(steps), since=since)
@@ -155,10 +155,8 @@ def _run(steps: Sequence[Step], more: Sequence[str], console: Console) -> list[S
 
 def _pace(steps: Sequence[Step]) -> float:
     """Return how long the finished steps took, as a share of what was expected."""
-    from mechdiff.study import MINUTES
-
     done = [step for step in steps if step.done]
-    expected = 60 * sum(MINUTES[step.question] for step in done)
+    expected = sum(step.expected for step in done)
     return sum(step.seconds for step in done) / expected if expected else 1.0
 
 

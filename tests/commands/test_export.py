@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mechdiff import steer
 from mechdiff.__main__ import main
-from mechdiff.callbacks.gate import gated_edit
+from mechdiff.callbacks.gate import everywhere
 from mechdiff.callbacks.handle_evaluation import Handle
 from mechdiff.cli import MechdiffCLI
 from mechdiff.cli import main as fit
@@ -124,7 +124,7 @@ def test_it_does_elsewhere_what_it_did_in_its_run(place, tmp_path, edit, k, alph
     with steer(model, out):
         steered = generate(model, PROMPTS, 6)
         logits = model(torch.tensor(PROMPTS[:1])).logits
-    with intervene(model, {site: gated_edit(module, there, None)}):
+    with intervene(model, {site: everywhere(module, there)}):
         assert generate(model, PROMPTS, 6) == steered
         assert torch.equal(model(torch.tensor(PROMPTS[:1])).logits, logits)
     assert not torch.equal(model(torch.tensor(PROMPTS[:1])).logits, logits)

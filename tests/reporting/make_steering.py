@@ -84,7 +84,18 @@ def steering_run(seed: int = 0) -> Results:
     found.append(
         _record("chosen_handle", 4.0, params={"edit": "mapped", "alpha": 1.0, "solver": "paired_svd"})
     )
-    return Results([*found, *_transfer(), *_monitor(rng), *_heads(rng)], {"pair": {"name": "cultural_smol"}})
+    found += [*_gated(), *_transfer(), *_monitor(rng), *_heads(rng)]
+    return Results(found, {"pair": {"name": "cultural_smol"}})
+
+
+def _gated() -> list[Record]:
+    """Costs of the chosen handle under a gate: the same cell as its own costs, but for the gate."""
+    found = []
+    for gate in ("none", "linear"):
+        about = {"edit": "mapped", "k": 4, "solver": "paired_svd", "alpha": 1.0, "gate": gate}
+        found.append(_record("side_effect_bpb", 0.777, n=64, params=about))
+        found.append(_record("side_effect_pp", 77.7, 5.0, n=64, unit="pp", params=about))
+    return found
 
 
 def _transfer() -> list[Record]:

@@ -1,14 +1,21 @@
 """Figures of handles say what the records say."""
 
+import io
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from mechdiff.errors import ConfigError
 from mechdiff.reporting.figures import drawable
 from mechdiff.reporting.handles import plot_head_paths, plot_monitor, plot_transfer_matrix
-from mechdiff.reporting.steering import handle_site, plot_alpha_curves, plot_effect_vs_k
+from mechdiff.reporting.report.content import Citations
+from mechdiff.reporting.report.handle import measured
+from mechdiff.reporting.report.runs import Pair, Run
+from mechdiff.reporting.report.view import View
+from mechdiff.reporting.steering import _tested, handle_site, plot_alpha_curves, plot_effect_vs_k
+from mechdiff.reporting.table import handle_table
 from mechdiff.results import QUANTITIES, Record, Results
 from tests.reporting.make_steering import ALPHAS, KS, SITE, steering_run
 
@@ -90,3 +97,14 @@ def test_heads_are_sorted_by_what_they_carry(results: Results) -> None:
     assert heights == sorted(heights, reverse=True)
     assert sum(bar.get_height() for bar in right.patches) == 64
     assert "head_path_effect" in QUANTITIES["rq3"]
+
+
+def test_costs_under_a_gate_are_not_the_handles_own(results: Results) -> None:
+    assert len(results.select(gate="linear")) == 2
+    for quantity in ("side_effect_bpb", "side_effect_pp"):
+        assert all("gate" not in r.params for r in _tested(results, quantity))
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(handle_table(results))
+    assert "77.7" not in printed.getvalue()
+    view = View(Pair("cultural_smol", {"rq3": Run(Path("results.json"), results, "a run")}), Citations())
+    assert measured(view, "side_effect_pp", "mapped")[4].value == 1.6

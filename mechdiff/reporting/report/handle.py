@@ -7,9 +7,20 @@ from dataclasses import replace
 
 from mechdiff.reporting.cells import layer
 from mechdiff.reporting.report.charts import Series, line_chart, slider
-from mechdiff.reporting.report.content import Cell, Chart, Inline, Panel, Section, Table, Takeaway, Text
+from mechdiff.reporting.report.content import (
+    Cell,
+    Chart,
+    Inline,
+    Panel,
+    Section,
+    Table,
+    Takeaway,
+    Text,
+    interval,
+    shown,
+)
 from mechdiff.reporting.report.use import yardsticks
-from mechdiff.reporting.report.verdict import Verdict, judge, words
+from mechdiff.reporting.report.verdict import NO_RANDOM, WITHIN_RANDOM, Verdict, judge, words
 from mechdiff.reporting.report.view import View, count, mark, span
 from mechdiff.reporting.steering import DRAWS, EDITS, handle_site
 from mechdiff.results import Record
@@ -23,11 +34,11 @@ METHOD = (
     "(interchange) or "
     "towards the one a linear map predicts (mapped, which needs no second model). α is chosen on "
     "dev prompts as the "
-    "strongest edit whose side effects on neutral prompts hold (at most 5 pp of answers turned and "
-    "5 % more bits per "
-    "byte, one-sided bounds); everything shown is tested once on eval prompts. Control: random "
-    "subspaces of the same "
-    "rank, whose 95th percentile an effect must exceed."
+    "one with the largest effect among those whose side effects on neutral prompts hold (at most "
+    "5 pp of answers turned and 5 % more bits per "
+    "byte, one-sided bounds), and so is the rank of the chosen handle; it is then tested once on eval "
+    "prompts. Only the slider shows dev prompts. Control: random subspaces of the same "
+    "rank in edits as long, each at its best strength, whose 95th percentile an effect must exceed."
 )
 
 
@@ -87,9 +98,14 @@ def random_draws(view: View, record: Record | None) -> list[Record]:
 def against_random(record: Record | None, beside: Sequence[Record]) -> Verdict:
     """Judge an effect against random subspaces, on the prompts that these were given."""
     same = next((r for r in beside if r.params.get("handle")), None)
-    if record is not None and same is not None:
-        record = replace(record, **same.params["handle"], n=same.n)
-    return judge(record, beside)
+    if record is None or same is None:
+        return judge(record, beside)
+    few = replace(record, **same.params["handle"], n=same.n)
+    found = judge(few, beside)
+    if few.n == record.n or few.value is None:
+        return found
+    there = " ".join(filter(None, [shown(few, few.value), interval(few)]))
+    return replace(found, why=f"{found.why}, on {few.n:,} prompts that both were given, where it is {there}")
 
 
 def _all(view: View, quantity: str, split: str) -> list[Record]:
@@ -113,7 +129,8 @@ def _panel(view: View) -> Panel:
         for k, r in measured(view, "interchange_recovery", edit).items():
             beside = random_draws(view, r)
             top = max(beside, key=lambda c: c.high if c.high is not None else c.value or 0, default=None)
-            cells: list[Cell] = [[view.number(r)], [view.number(top)], [mark(against_random(r, beside))]]
+            drawn: Cell = [view.number(top)] if top is None else [view.number(top), f" (n = {count(top)})"]
+            cells: list[Cell] = [[view.number(r)], drawn, [mark(against_random(r, beside))]]
             cells += [[view.number(cost.get(k))] for cost in costs]
             alpha = r.params.get("alpha")
             said = "–" if alpha is None else f"{alpha:g}"
@@ -216,9 +233,15 @@ def _minimal(view: View) -> list[Text]:
                     "; " if parts else "Smallest k that reaches ",
                     f"{said} ({edit}): ",
                     view.number(r),
-                    f" (n = {r.n:,})",
+                    f" (n = {r.n:,}{_claim(r)})",
                 ]
     return [Text([*parts, "."])] if parts else []
+
+
+def _claim(record: Record) -> str:
+    """Say that nothing is claimed of a smallest rank which random subspaces reach, or too few were tried."""
+    verdict = judge(record) if {WITHIN_RANDOM, NO_RANDOM} & set(record.flags) else None
+    return "" if verdict is None or record.value is None else f"; {verdict.words}: {verdict.why}"
 
 
 def _controls(view: View) -> list[Table]:
@@ -277,7 +300,8 @@ def headline(view: View) -> list[Inline]:
     parts += [*view.sentence(found, random_draws(view, found)), f", {verdict.words}"]
     steer, ablate = measured(view, "steer_effect", edit).get(k), ablation(view)
     if steer is not None:
-        parts += ["; steer ", view.number(steer), f" of the behaviour gap (n = {steer.n})"]
+        said = words(steer.params.get("metric", "graded behaviour"))
+        parts += ["; steer ", view.number(steer), f" of the behaviour gap ({said}, n = {steer.n})"]
     if ablate is not None:
         parts += ["; ablate ", view.number(ablate), f" (n = {ablate.n})"]
     cost = measured(view, "side_effect_bpb", edit).get(k)

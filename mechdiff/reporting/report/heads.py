@@ -37,14 +37,12 @@ CELL = ("rule", "floor", "floor_from", "share", "k", "persistence", "level")
 """Parameters that tell one share from another, besides how it was measured."""
 KEPT = ("rule", "floor_from", "share", "k", "among", "of")
 METHOD = (
-    "Every head is attributed in both models on the same prompts (gradient × activation on its "
-    "contribution to the "
-    "residual). Churn is the share of heads whose paired change lies beyond a floor with its whole "
-    "95 % interval. "
-    "Controls: the same count under model labels swapped per prompt, between split halves of one "
-    "model, and chance levels "
-    "of the overlaps. A head's own change compares both models' weights on the same input and "
-    "inherits nothing from below."
+    "Every head is attributed in both models on the same prompts: the gradient times what its "
+    "contribution to the residual is, or would be with a baseline exchanged for it. Churn is the "
+    "share of heads whose paired change lies beyond a floor with its whole 95 % interval. Controls: "
+    "the same count under model labels swapped per prompt, between split halves of one model, and "
+    "chance levels of the overlaps. A head's own change compares both models' weights on the same "
+    "input and inherits nothing from below."
 )
 
 
@@ -222,7 +220,9 @@ def takeaway(view: View) -> Takeaway:
     r, beside, verdict = churn(view)
     if r is None:
         return Takeaway(verdict, ["No churn was measured."])
-    parts: list[Inline] = ["Churn, the share of heads beyond what swapped labels reach, is "]
+    main = family(view)
+    how = ", ".join(words(main[k]) for k in MAIN if main.get(k))
+    parts: list[Inline] = [f"Churn ({how}), the share of heads beyond what swapped labels reach, is "]
     parts += [*view.sentence(r, beside), f": {verdict.words} ({verdict.why})."]
     found = changes(view)
     top = sorted(found, key=lambda at: -abs(found[at].value or 0.0))[:3]
@@ -234,4 +234,4 @@ def takeaway(view: View) -> Takeaway:
 def headline(view: View) -> list[Inline]:
     """Write the summary's line on heads."""
     r, beside, verdict = churn(view)
-    return ["churn ", *view.sentence(r, beside[:2]), f", {verdict.words}"]
+    return ["churn ", *view.sentence(r, beside), f", {verdict.words}"]

@@ -13,6 +13,7 @@ from mechdiff.reporting.report.setup import mass
 from mechdiff.reporting.report.verdict import judge, words
 from mechdiff.reporting.report.view import View, count
 from mechdiff.reporting.report.where import BEHAVIOURS, behaviour
+from mechdiff.results import Record
 
 FLAGS = {
     "chosen_on_eval": "the prompts that layers were chosen on include those that are reported on",
@@ -57,11 +58,7 @@ def robustness(views: Sequence[View]) -> Section:
                 and r.value is not None
                 and masked.value is not None
             ):
-                moved = (
-                    "yes"
-                    if (r.low or 0) > (masked.high or 0) or (r.high or 0) < (masked.low or 0)
-                    else "no: the intervals overlap"
-                )
+                moved = _moved(r, masked)
                 rows.append([[behaviour(r)], [view.number(r)], [view.number(masked)], [moved], [count(r)]])
         if rows:
             head = ["tuned − base", "all tokens", "shared tokens only", "changed by masking", "n"]
@@ -91,6 +88,13 @@ def robustness(views: Sequence[View]) -> Section:
             Text(["Neither transfer between languages and wrappings nor masking was measured."])
         )
     return found
+
+
+def _moved(free: Record, masked: Record) -> str:
+    """Say whether masking moves a number: whether the intervals lie apart."""
+    if free.low is None or free.high is None or masked.low is None or masked.high is None:
+        return "– an interval is missing"
+    return "yes" if free.low > masked.high or free.high < masked.low else "no: the intervals overlap"
 
 
 def limitations(study: Study, views: Sequence[View]) -> Section:
@@ -172,15 +176,18 @@ def limitations(study: Study, views: Sequence[View]) -> Section:
 
 
 def _flags(view: View) -> list[Text]:
-    sites: dict[str, set[str]] = {}
+    found: dict[str, list[Record]] = {}
     for r in view.pair.records():
         for flag in r.flags:
-            sites.setdefault(flag, set()).update([str(r.site)] if r.site else [])
+            found.setdefault(flag, []).append(r)
     parts = []
-    for flag, found_at in sorted(sites.items()):
-        layers = sorted({layer(s) for s in found_at if s.rpartition(".")[2].isdigit()})
-        told = f" (layers {', '.join(map(str, layers))})" if layers else ""
-        parts.append(f"{FLAGS.get(flag, words(flag))}{told}")
+    for flag, records in sorted(found.items()):
+        sites = {r.site for r in records if r.site}
+        layers = sorted({layer(s) for s in sites if s.rpartition(".")[2].isdigit()})
+        told = [", ".join(dict.fromkeys(words(r.params["edit"]) for r in records if "edit" in r.params))]
+        told.append(f"layers {', '.join(map(str, layers))}" if layers else "")
+        about = "; ".join(filter(None, told))
+        parts.append(f"{FLAGS.get(flag, words(flag))}{f' ({about})' if about else ''}")
     return [Text([f"{view.name}: flagged: {'; '.join(parts)}."], kind="item")] if parts else []
 
 
@@ -193,15 +200,18 @@ def reuse(views: Sequence[View]) -> Section:
                 Text([f"{view.name}: no handle was measured, so none can be recommended."], kind="item")
             )
             continue
-        probe = use.monitor(view)
-        if probe is not None:
+        probes = use.monitor(view)
+        if probes:
+            probe = probes[-1]
             shuffled = view.controls(probe, ["shuffled"])
             verdict = judge(probe, shuffled)
+            where = ", ".join(str(layer(str(r.site))) for r in probes)
+            several = f"at any of layers {where}, which no prompt here tells apart" if len(probes) > 1 else ""
             found.blocks.append(
                 Text(
                     [
-                        f"{view.name}: monitor at {probe.site}: a linear probe separates the classes "
-                        "with AUROC ",
+                        f"{view.name}: monitor {several or f'at layer {where}'}: a linear probe "
+                        "separates the classes (the layer was picked on these very prompts) with AUROC ",
                         *view.sentence(probe, shuffled),
                         f"; {verdict.words}.",
                     ],

@@ -14,7 +14,8 @@ from mechdiff.results import Record
 
 CONTROLS = ("mean_shift", "shuffled")
 METHOD = (
-    "Ridge maps base → tuned per layer, fitted on one set of prompts and tested on another. R² of "
+    "Linear maps base → tuned per layer (ridge by default), fitted on one set of prompts and tested "
+    "on another. R² of "
     "the difference is "
     "1 − Σ|tuned − mapped|² / Σ|tuned − base|²: the identity map has 0, a perfect map 1. Controls: "
     "adding the mean "
@@ -169,7 +170,13 @@ def takeaways(view: View) -> list[Takeaway]:
     parts: list[Inline] = [f"At layer {layer(site)} the map explains ", *view.sentence(fitted, beside)]
     found = [Takeaway(fits, [*parts, f" of tuned − base; {fits.why}."])]
     mapped, meant = (cell(view, "kl_mapped", site, control=c) for c in ("none", "mean_shift"))
-    if mapped is not None:
+    reduction, shift = (cell(view, "kl_reduction", site, control=c) for c in ("none", "mean_shift"))
+    if reduction is not None:
+        parts = [f"As a patch at layer {layer(site)}, the map removes "]
+        parts += view.sentence(reduction, [shift] if shift else [])
+        parts.append(" of the divergence that base's raw state causes")
+        found.append(Takeaway(acts, [*parts, f"; {acts.why}."]))
+    elif mapped is not None:
         parts = [f"As a patch at layer {layer(site)}, a mapped state leaves KL ", *view.sentence(mapped)]
         if meant is not None:
             parts += [" where the mean shift leaves ", view.number(meant)]
@@ -179,10 +186,11 @@ def takeaways(view: View) -> list[Takeaway]:
 
 def headline(view: View) -> list[Inline]:
     """Write the summary's line on transportability."""
-    site, fits, acts = verdicts(view)
+    site, fits, _ = verdicts(view)
     if site is None:
         return ["no map was tested"]
     r2, delta, agreement = (cell(view, q, site) for q in ("r2", "r2_delta", "patch_agreement"))
     parts: list[Inline] = ["R² = ", *view.sentence(r2), ", of the difference ", *view.sentence(delta)]
     parts += [f" at layer {layer(site)}: {fits.words} beyond its controls; mapped ≈ real patch to "]
-    return [*parts, *view.sentence(agreement), f" ({acts.words} beyond the mean shift)"]
+    beside = [r for c in CONTROLS if (r := cell(view, "patch_agreement", site, control=c))]
+    return [*parts, *view.sentence(agreement, beside), f": {judge(agreement, beside).words}"]

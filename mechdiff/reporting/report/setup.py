@@ -49,14 +49,16 @@ def setup(views: Sequence[View]) -> Section:
     add("vocabulary: base, tuned, shared", [_vocabulary(v.pair.provenance) for v in views])
     add("tokenizer policy", [_policy(v.pair.spec) for v in views])
     add("prompt files", [", ".join(v.pair.provenance.get("prompts", {})) for v in views])
+    add("prompts kept in RQ2", [_kept(v) for v in views])
     add("prompts per number", [span(v.pair.records()) for v in views])
     if rows:
         found.blocks.append(Table("What was compared.", head, rows))
     found.blocks.append(
         Text(
             [
-                "Fairness: prompts are filtered by shared vocabulary, divergences are taken over "
-                "tokens that both vocabularies hold, and no intervention touches the embedding. "
+                "Fairness: divergences are taken over tokens that both vocabularies hold; under the "
+                "policy “shared vocab required” prompts with too few of them are left out. No patch "
+                "and no steering edit touches the embedding; grafts and interpolated weights do. "
                 "What each model says in tokens that the other lacks is lost to these numbers:"
             ]
         )
@@ -107,6 +109,16 @@ def _model(spec: Any) -> str:
         name = name.rstrip("/").rpartition("/")[2]
     adapter = str(spec.get("adapter") or "").rstrip("/").rpartition("/")[2]
     return f"{name} + adapter {adapter}" if adapter else name
+
+
+def _kept(view: View) -> str:
+    """Write how many evaluation prompts had enough shared tokens, by language."""
+    found = [
+        r
+        for r in view.pair.select("rq2", quantity="coverage", of="prompts")
+        if "min_shared_coverage" in r.params
+    ]
+    return ", ".join(f"{r.params['lang']} {round(r.n * (r.value or 0)):,} of {r.n:,}" for r in found)
 
 
 def _vocabulary(origin: dict[str, Any]) -> str:

@@ -67,8 +67,9 @@ def _contrast_line(study: Study, views: Sequence[View]) -> list[Inline]:
             ]
             continue
         verdict = handle.best(view)[1]
-        parts += [f"{view.name} needs rank k = ", view.number(chosen)]
-        parts.append(f" (n = {chosen.n:,}; against random subspaces: {verdict.words}); ")
+        said = "needs rank" if verdict.found else "has chosen, without more than random subspaces do, rank"
+        parts += [f"{view.name} {said} k = ", view.number(chosen)]
+        parts.append(f" (chosen on {chosen.n:,} dev prompts; on eval: {verdict.words}); ")
     for r in study.contrasts.select(quantity="churn_difference", control="none"):
         verdict = judge(r, null=0.0, side="either")
         said = f"{r.params.get('contrast', 'difference of pairs')}: churn differs by "
@@ -119,6 +120,8 @@ def contrast(study: Study, views: Sequence[View]) -> Section:
     for r in study.contrasts:
         if r.control == "none":
             label = f"{words(r.quantity)}, {r.params.get('contrast', 'first − second')}"
+            if "handles" in r.params:
+                label += f" ({' against '.join(reversed(r.params['handles']))})"
             differences.append(
                 [
                     [label],

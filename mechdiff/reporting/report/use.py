@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mechdiff.reporting.cells import layer
 from mechdiff.reporting.report.content import Cell, Table, Text
 from mechdiff.reporting.report.view import View, count, span
 from mechdiff.reporting.steering import handle_site
@@ -152,11 +153,12 @@ def gate(view: View) -> list[Table]:
     return [Table(f"{view.name}: conditional steering against steering always.", head, rows)] if rows else []
 
 
-def monitor(view: View) -> Record | None:
-    """Return the probe with the highest AUROC in tuned, of all languages."""
+def monitor(view: View) -> list[Record]:
+    """Return the probes with the highest AUROC in tuned, of all languages, by layer."""
     found = [
         r
         for r in view.pair.select("rq3", quantity="probe_auroc", control="none", model="tuned", lang="all")
         if r.value is not None
     ]
-    return max(found, key=lambda r: r.value or 0, default=None)
+    most = max((r.value or 0 for r in found), default=0.0)
+    return sorted((r for r in found if r.value == most), key=lambda r: layer(str(r.site)))
