@@ -16,7 +16,7 @@ from mechdiff.errors import ConfigError
 from mechdiff.reporting.cells import layer
 from mechdiff.reporting.divergence import DPI, MODELS, WIDTH, caption, finish
 from mechdiff.reporting.panels import GREY, STYLE
-from mechdiff.reporting.steering import EDITS
+from mechdiff.reporting.steering import EDITS, handle_site
 from mechdiff.results import Record, Results
 
 LANGS = ("kk", "ru", "en")
@@ -42,7 +42,7 @@ def plot_transfer_matrix(results: Results, out: str | Path | None = None) -> Fig
         raise ConfigError(
             "nothing to draw: no record of transfer_effect; give the results.json of an rq3 run"
         )
-    site = sites[-1]
+    site = handle_site(results) if handle_site(results) in sites else sites[-1]
     found = [r for r in found if r.site == site and r.params["metric"] == "recovery"]
     plain = [r for r in found if r.params["template"] == "{text}"]
     edits = [e for e in EDITS if any(r.params["edit"] == e for r in plain)]
@@ -52,8 +52,10 @@ def plot_transfer_matrix(results: Results, out: str | Path | None = None) -> Fig
         figure = Figure(figsize=(WIDTH, 0.8 + 2.7 * rows), dpi=DPI, layout="constrained")
         grid = figure.subplots(rows, len(edits), squeeze=False)
         for column, edit in enumerate(edits):
-            _matrix(grid[0, column], [r for r in plain if r.params["edit"] == edit])
-            grid[0, column].set_title(f"Recovery, {edit}")
+            own = [r for r in plain if r.params["edit"] == edit]
+            _matrix(grid[0, column], own)
+            strength = f"k = {own[0].params['k']}, α = {own[0].params['alpha']:g}"
+            grid[0, column].set_title(f"Recovery, {edit} ({strength})")
             if rows > 1:
                 _wrappings(grid[1, column], [r for r in wrapped if r.params["edit"] == edit])
                 grid[1, column].set_title(f"Other wrappings of a prompt, {edit}")
@@ -65,8 +67,7 @@ def plot_transfer_matrix(results: Results, out: str | Path | None = None) -> Fig
                 Line2D([], [], color=colour, label=f"tested on {lang}", **dot) for lang, colour in pairs
             ]
             figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=7)
-        first = plain[0]
-        more = f"Site {site}, k = {first.params['k']}, α = {first.params['alpha']:g}, over shared tokens."
+        more = f"Site {site}, over shared tokens."
         sizes = ", ".join(f"{lang}: {n}" for lang, n in sorted({(r.params["lang"], r.n) for r in plain}))
         caption(figure, results, f"{more} Eval target prompts ({sizes}). [ ]: 95 % intervals over prompts.")
         return finish(figure, out)
