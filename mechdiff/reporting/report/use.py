@@ -23,7 +23,7 @@ def yardsticks(view: View) -> list[Table]:
             label = f"weights at the bits per byte of {r.params['handle']}"
             label += "" if lambda_ is None else f": λ = {lambda_:.2g}"
             cost = r.params.get("cost")
-            priced = "–" if cost is None else f"{100 * cost:+.1f} %"
+            priced = "–" if cost is None else f"{100 * cost:+.1f} % (n = {r.params.get('cost_n', '?')})"
             rows.append([[label], [view.number(r)], ["–"], [priced], ["–"], [count(r)]])
             continue
         costs = [
