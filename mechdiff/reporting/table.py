@@ -140,7 +140,7 @@ def handle_table(results: Results) -> Table:
     here = [
         r
         for r in results.select(question="rq3", site=site, split="eval", control="none")
-        if "gate" not in r.params
+        if not {"gate", "fitted_on"} & r.params.keys()  # a handle under a gate, or fitted on one language
     ]
     cells: dict[tuple[str, int], dict[str, Record]] = {}
     for r in here:

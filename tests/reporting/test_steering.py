@@ -104,7 +104,12 @@ def test_costs_under_a_gate_are_not_the_handles_own(results: Results) -> None:
     for quantity in ("side_effect_bpb", "side_effect_pp"):
         assert all("gate" not in r.params for r in _tested(results, quantity))
     printed = io.StringIO()
-    Console(file=printed, width=200).print(handle_table(results))
+    params = {"edit": "mapped", "k": 4, "alpha": 1.0, "metric": "refusal_logodds", "fitted_on": "kk"}
+    about = {"site": SITE, "split": "eval", "positions": "last", "params": params}
+    foreign = Record("rq3", "transfer_effect", -0.888, 24, "fraction", **about)
+    both = Results([*results.records, foreign], results.provenance)
+    Console(file=printed, width=200).print(handle_table(both))
     assert "77.7" not in printed.getvalue()
+    assert "0.89" not in printed.getvalue()
     view = View(Pair("cultural_smol", {"rq3": Run(Path("results.json"), results, "a run")}), Citations())
     assert measured(view, "side_effect_pp", "mapped")[4].value == 1.6
