@@ -159,10 +159,12 @@ def torture(
         orphans: list[Processes] = []
         while more and count.kills < kills:
             before = work.committed(folder)
+            anew, start = not any(folder.iterdir()), time.monotonic()
             processes = Processes(work.run, folder, work.ranks, log)
             processes.wait(draws.uniform(0, length))
             alive = processes.running()
             if not alive:
+                length = time.monotonic() - start if anew else length  # the machine has less to do by now
                 break
             chosen = draws.sample(alive, draws.randint(1, len(alive)))
             processes.kill(chosen)
@@ -175,8 +177,10 @@ def torture(
             after = work.committed(folder)
             count.lost += [name for name, content in before.items() if after.get(name) != content]
             count.unreadable += work.unreadable(folder)
+        start = time.monotonic()
         processes = Processes(work.run, folder, work.ranks, log)
         ended = processes.wait(patience)
+        length = max(length, time.monotonic() - start)  # or more
         for left in (*orphans, processes):
             left.kill(left.running())
         if not ended or any(processes.codes.values()):
