@@ -24,7 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from mechdiff.__main__ import main as verb
 from mechdiff.parser import quiet
 from tests.toys import prompts
-from tests.workspace import config, run, save_model, save_prompts, small, write_pair
+from tests.workspace import SWEEP, called, config, run, save_model, save_prompts, small, write_pair
 
 TIMES = 10
 EACH = 40.0
@@ -32,21 +32,6 @@ EACH = 40.0
 HELD = 5.0
 """Times the size of the activations that a test of maps adds by which it may grow."""
 WIDE = {"layers": 2, "hidden_size": 512, "intermediate_size": 512}
-SWEEP = {
-    "ks": [1, 2],
-    "alphas": [1.0],
-    "max_dev": 16,
-    "max_eval": 16,
-    "max_neutral": 16,
-    "min_neutral": 4,
-    "answer_chars": 8,
-    "graded_prompts": 2,
-    "generated_prompts": 2,
-    "draws": 2,
-    "random_dev": 2,
-    "random_eval": 2,
-}
-"""A short sweep, which reads a given number of prompts however many there are."""
 
 
 class Phases(Callback):
@@ -125,8 +110,8 @@ def works(pair: Path, root: Path) -> dict[str, Callable[[], int]]:
     batches = "--data.batch_size=256"  # of which even few texts fill several
     common = [*small(pair, root), "--layers=[0,1]", batches]
     sgd = ["--trainer.max_epochs=2"]
-    phases = called(Phases.__module__, "Phases")
-    sweep = called("mechdiff.callbacks", "Steering", **SWEEP)
+    phases = called("tests.torture.memory.Phases")
+    sweep = called("mechdiff.callbacks.Steering", **SWEEP)
     return {
         "extraction": lambda: verb(["extract", *config("clt_cultural"), *common, called()]),
         "map, closed form": lambda: run("fit", *config("clt_cultural"), *common, phases),
@@ -134,12 +119,6 @@ def works(pair: Path, root: Path) -> dict[str, Callable[[], int]]:
         "subspace": lambda: run("fit", *config("steering_cultural"), *common, phases),
         "sweep": lambda: run("fit", *config("steering_cultural"), *common, sweep),
     }
-
-
-def called(module: str = "", name: str = "", **given: object) -> str:
-    """Return the option that gives a trainer one callback of some class, or none."""
-    few = [{"class_path": f"{module}.{name}", "init_args": given}] if name else []
-    return f"--trainer.callbacks={json.dumps(few)}"
 
 
 def measure(
