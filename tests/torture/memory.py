@@ -16,13 +16,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mechdiff.__main__ import main as verb
 from mechdiff.parser import quiet
+from tests.torture.phases import Phases, forget, highest
 from tests.toys import prompts
 from tests.workspace import SWEEP, called, config, run, save_model, save_prompts, small, write_pair
 
@@ -32,35 +31,6 @@ EACH = 40.0
 HELD = 5.0
 """Times the size of the activations that a test of maps adds by which it may grow."""
 WIDE = {"layers": 2, "hidden_size": 512, "intermediate_size": 512}
-
-
-class Phases(Callback):
-    """Notes the peak of a fit by itself, so that what follows is the peak of the test, and what is tested."""
-
-    fit = tested = 0.0  # of the process, in MiB
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the peak and begin anew."""
-        Phases.fit, Phases.tested = highest(), 0.0
-        forget()
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: int = 0
-    ) -> None:
-        """Add what a batch holds."""
-        rows = [*batch["source"].values(), *batch["target"].values()]
-        Phases.tested += sum(part.nbytes for part in rows) / 2**20
-
-
-def forget() -> None:
-    """Begin anew: what this process needed so far does not count."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def highest() -> float:
-    """Return the most memory that this process needed, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def place(folder: Path, families: int) -> Path:
@@ -110,7 +80,7 @@ def works(pair: Path, root: Path) -> dict[str, Callable[[], int]]:
     batches = "--data.batch_size=256"  # of which even few texts fill several
     common = [*small(pair, root), "--layers=[0,1]", batches]
     sgd = ["--trainer.max_epochs=2"]
-    phases = called("tests.torture.memory.Phases")
+    phases = called("tests.torture.phases.Phases")
     sweep = called("mechdiff.callbacks.Steering", **SWEEP)
     return {
         "extraction": lambda: verb(["extract", *config("clt_cultural"), *common, called()]),
