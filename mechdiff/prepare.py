@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mechdiff.config import LAYER_STRIDE, fallback_layers
 from mechdiff.data.prompts import Prompt, select
 from mechdiff.data.store import ActivationStore
-from mechdiff.errors import ConfigError, PromptError
+from mechdiff.errors import ConfigError, PairError, PromptError, cut
 from mechdiff.extraction.extractor import ensure_store, store_identity
 from mechdiff.extraction.spec import ExtractionSpec
 from mechdiff.interventions.sites import Site, check_layers
@@ -53,7 +54,14 @@ def pair_spec(given: Namespace | None, typed: Sequence[str] = ()) -> PairSpec:
         raise ConfigError("no pair is given; pass --pair configs/pairs/cultural_smol.yaml (key: pair)")
     file = given.pop("__path__", None)  # the configuration is saved with the pair in full
     values = given.as_dict()
-    values |= {role: ModelSpec(**values[role]) for role in ("base", "tuned", "reference") if values.get(role)}
+    for name, default in asdict(PairSpec()).items():  # the parser lets more pass than their types say
+        value = values[name]
+        if value is None and default is not None:
+            raise PairError(f"{name} is null; leave it out, or give it a value (key: pair.{name})")
+        if name in ("base", "tuned", "reference") and value is not None:
+            if not isinstance(value, dict):
+                raise PairError(f"{name} is {cut(value)}; allowed: id, revision, adapter (key: pair.{name})")
+            values[name] = ModelSpec(**value)
     spec = PairSpec(**values).check()
     return spec if file is None else spec.stay_inside(file.absolute, typed)
 

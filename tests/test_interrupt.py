@@ -13,17 +13,19 @@ import pytest
 import torch
 
 from mechdiff.__main__ import main
+from mechdiff.callbacks.sweep_effects import Targets
 from mechdiff.extraction.extractor import Extractor
-from mechdiff.modules import CLTMapSGD
-from tests.workspace import config, run, small, workspace
+from mechdiff.modules import CLTMap, CLTMapSGD
+from tests.torture import works
+from tests.workspace import SWEEP, called, config, run, small, workspace
 
 SECONDS, PATIENCE = 2.0, 60.0
 """How soon a run has to end: processor time, and time on a machine that has much else to do."""
 BATCHES = ["--extraction.tokens_per_batch=128", "--extraction.batches_per_shard=3"]
-KEPT = {"monitor": "val/loss", "save_last": True}
-CALLBACKS = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": KEPT}]
+KEPT = called("lightning.pytorch.callbacks.ModelCheckpoint", monitor="val/loss", save_last=True)
 FIT = ["--layers=[1]", "--data.batch_size=100", "--trainer.max_epochs=3", "--ckpt_path=last"]
-FIT += [f"--trainer.callbacks={json.dumps(CALLBACKS)}"]
+FIT += [KEPT]
+SWEEPS = ["--layers=[1]", called("mechdiff.callbacks.Steering", **SWEEP)]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,45 @@ def test_ctrl_c_ends_a_fit(pair: Path, fitted: Path, tmp_path: Path, monkeypatch
     assert not list(tmp_path.rglob("results.json"))
     assert fit(pair, tmp_path) == 0
     same(tmp_path, fitted)
+
+
+def test_ctrl_c_ends_a_sweep(pair: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def sweep(root: Path) -> int:
+        return run("fit", *config("steering_cultural"), *small(pair, root), *SWEEPS)
+
+    def table(root: Path) -> list[object]:
+        (path,) = (root / "runs").rglob("results.json")
+        return list(json.loads(path.read_text())["records"])
+
+    whole, root = tmp_path / "whole", tmp_path / "cut"
+    assert sweep(whole) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        step, when = told_at(Targets._logits, 20, signal.SIGINT)
+        patch.setattr(Targets, "_logits", step)
+        assert sweep(root) == 130
+    ends_soon(when)
+    assert "mechdiff: interrupted; " in capsys.readouterr().err
+    assert not list(root.rglob("results.json"))
+    assert sweep(root) == 0
+    assert len(table(whole)) > 10
+    assert table(root) == table(whole)
+
+
+def test_ctrl_c_ends_a_study(pair: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    whole, root = tmp_path / "whole", tmp_path / "cut"
+    configs = works.plain_configs(tmp_path / "configs")
+    assert works._study(pair, configs, whole) == 0
+    with monkeypatch.context() as patch:
+        step, when = told_at(CLTMap.training_step, 0, signal.SIGINT)
+        patch.setattr(CLTMap, "training_step", step)
+        assert works._study(pair, configs, root) == 130
+    ends_soon(when)
+    assert "tiny rq2: interrupted; the same command goes on from it" in capsys.readouterr().out
+    first = (root / "study" / "tiny" / "rq1" / "results.json").stat().st_mtime_ns
+    assert works._study(pair, configs, root) == 0
+    assert (root / "study" / "tiny" / "rq1" / "results.json").stat().st_mtime_ns == first
+    assert works._tables(root) == works._tables(whole)
 
 
 def test_a_cluster_that_takes_the_machine_away_from_an_extraction(

@@ -22,6 +22,21 @@ OPENINGS = [
     for start in starts
     for end in ("now", "on snow", "in May", "so much")
 ]
+SWEEP = {
+    "ks": [1, 2],
+    "alphas": [1.0],
+    "max_dev": 16,
+    "max_eval": 16,
+    "max_neutral": 16,
+    "min_neutral": 4,
+    "answer_chars": 8,
+    "graded_prompts": 2,
+    "generated_prompts": 2,
+    "draws": 2,
+    "random_dev": 2,
+    "random_eval": 2,
+}
+"""A short sweep over edits, which reads as many prompts however many there are."""
 
 
 def save_model(
@@ -96,6 +111,12 @@ def run(verb: str, *args: object) -> int:
 def config(name: str = "clt_cultural") -> list[str]:
     """Return the options that select a shipped configuration, without its progress bars."""
     return ["--config", str(ROOT / "configs" / f"{name}.yaml"), "--trainer.enable_progress_bar=false"]
+
+
+def called(path: str = "", **given: object) -> str:
+    """Return the option that gives a trainer one callback of some class, or none."""
+    few = [{"class_path": path, "init_args": given}] if path else []
+    return f"--trainer.callbacks={json.dumps(few)}"
 
 
 def small(pair: Path, root: Path) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mechdiff.data.manifest import MANIFEST, Contents, Pass, Shard, read_json
+import torch
+
+from mechdiff.data.manifest import MANIFEST, Contents, Pass, Shard, passes, read_json
+from mechdiff.data.store import ActivationStore
 from mechdiff.errors import StoreError
 
 AGAIN = "run the command that made it again: what is sound is kept, and only the rest is computed"
@@ -24,7 +27,7 @@ def look(folder: Path, wrong: list[str]) -> Iterator[str]:
     except StoreError as error:
         wrong.append(f"{error}; {REMOVE}" if (folder / MANIFEST).exists() else str(error))
         return
-    about = contents.identity
+    about, before = contents.identity, len(wrong)
     yield f"{folder}: {len(contents.examples)} prompts, {about.positions} positions, {about.dtype}"
     for path in sorted(folder.glob("pass-*")):
         if not (path / MANIFEST).exists():
@@ -37,6 +40,19 @@ def look(folder: Path, wrong: list[str]) -> Iterator[str]:
             wrong.append(f"{error}; {REMOVE}")
             continue
         yield _rows(part, wrong)
+    if len(wrong) == before:
+        wrong.extend(_contradictions(folder, contents))
+
+
+def _contradictions(folder: Path, contents: Contents) -> Iterator[str]:
+    """Say where the files of a store, sound each by itself, contradict their manifests or each other."""
+    try:
+        store = ActivationStore(folder, contents)
+        for part in passes(folder, contents.identity.key):
+            for site in part.widths:
+                store.read(site, torch.tensor(part.starts[:-1]))
+    except StoreError as error:
+        yield f"{error}; {AGAIN}"
 
 
 def _rows(part: Pass, wrong: list[str]) -> str:

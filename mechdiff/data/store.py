@@ -74,6 +74,8 @@ class ActivationStore:
             raise StoreError(f"{folder} holds no complete pass; run `mechdiff extract`")
         self._passes = {site: part for part in reversed(found) for site in part.widths}
         self.sites = sorted(self._passes)
+        for part in found:
+            _check_sizes(part, KEPT[self.identity.dtype].itemsize)
         columns = [_read_rows(part) for part in found]
         self.rows = columns[0]
         for part, other in zip(found, columns, strict=True):
@@ -244,8 +246,18 @@ def _array(file: h5py.File, name: str, shape: tuple[int, ...], *types: np.dtype)
     plain = plain and data.dtype in types  # never objects
     if not (own and plain and data.shape == shape and data.chunks is None and data.id.get_offset()):
         numbers = f"{shape} numbers of type {types[-1]}"
-        raise StoreError(f"{file.filename} does not hold {name} whole, as {numbers}; remove the file")
+        what = f"{file.filename} does not hold {name} whole, as {numbers}"
+        raise StoreError(f"{what}; remove it and {MANIFEST}")
     return data
+
+
+def _check_sizes(part: Pass, size: int) -> None:
+    """Refuse a manifest that says more than a shard holds: memory is reserved by its word."""
+    width = sum(part.widths.values())
+    for shard in part.shards:
+        if (part.folder / shard.file).stat().st_size < shard.rows * width * size:
+            says = f"{shard.rows} rows of {width} numbers"
+            raise StoreError(f"{part.folder / MANIFEST} says {says}, more than {shard.file} holds; remove it")
 
 
 def _read_rows(part: Pass) -> Rows:

@@ -288,13 +288,13 @@ class _Parts:
         if not size > 1e-14 * states.square().mean().sqrt():
             raise FitError(f"CKA is undefined: the {name} states do not vary over {self.count} prompts")
         self.size[side] = size.item()
-        return centred / size  # scale drops out; this keeps fourth powers in range
+        return centred.div_(size)  # scale drops out; this keeps fourth powers in range
 
     def _products(self, a: str, b: str) -> Tensor:
         """For each row i, wᵢ Σⱼ wⱼ KᵢⱼLᵢⱼ."""
         x, y, w = self.states[a], self.states[b], self.weight
         if not self.gram:
-            return w * ((x @ ((x * w[:, None]).T @ y)) * y).sum(1)
+            return w * (x @ ((x * w[:, None]).T @ y)).mul_(y).sum(1)
         blocks = [
             ((x[i : i + _BLOCK] @ x.T) * (y[i : i + _BLOCK] @ y.T)) @ w for i in range(0, len(x), _BLOCK)
         ]

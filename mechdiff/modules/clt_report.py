@@ -57,10 +57,7 @@ def _cell(module: AffineMaps, site: int, group: int) -> Iterator[Record]:
     if not len(case.x):
         yield missing("r2", "no_rows", common)
         return
-    predictions = {"none": map_states(case.x, module.affine(site, group))}
-    predictions |= {kind: map_states(case.x, module.affine(site, group, kind)) for kind in module.controls()}
-    if module.equal_widths:
-        predictions["identity"] = case.x
+    kinds = {"none": "mapped"} | {kind: kind for kind in module.controls()}
     gap = sse_rows(case.x, case.y) if module.equal_widths else None
     spread = sse_rows(case.y.mean(0), case.y)
     too_small = gap is not None and not gap.sum() > module.noise * spread.sum()
@@ -69,7 +66,9 @@ def _cell(module: AffineMaps, site: int, group: int) -> Iterator[Record]:
         """The same resamples for the map and its controls."""
         return generator(module.seed, quantity, name, positions)
 
-    for control, predicted in predictions.items():
+    for control in [*kinds, *(["identity"] if module.equal_widths else [])]:
+        mapped = control in kinds  # one prediction is held at a time
+        predicted = map_states(case.x, module.affine(site, group, kinds[control])) if mapped else case.x
         about = {**common, "control": control}
         if control in ("identity", "mean_shift"):  # nothing was chosen for these
             about |= {"params": {**common["params"], "lambda_": None, "k": None}, "flags": ()}
@@ -121,9 +120,19 @@ def _ratio(
 
 
 def _median_r2(predicted: Tensor, case: Case, draws: torch.Generator) -> Interval:
-    """Median over dimensions of R², with the medians of the resamples around it."""
-    y = case.y.double()
-    errors, spread = (y - predicted.double()).square(), (y - y.mean(0)).square()
+    """Median over dimensions of R², with the medians of the resamples around it.
+
+    One prompt is taken after the other: squares of all rows would be several times what the states are.
+    """
+    mean = case.y.double().mean(0)
+    order = case.prompt.argsort(stable=True)
+    sizes = case.prompt[order].unique_consecutive(return_counts=True)[1].tolist()
+    sums = torch.zeros(len(sizes), 2 * len(mean), dtype=torch.float64)
+    for prompt, rows in enumerate(order.split(sizes)):
+        y = case.y[rows].double()
+        cells = torch.cat([(y - predicted[rows].double()).square(), (y - mean).square()], 1)
+        ranks = cells.sum(1).argsort(stable=True)
+        sums.index_add_(0, torch.full_like(rows, prompt), cells[ranks])
 
     def median(sums: Tensor) -> Tensor:
         top, bottom = sums.chunk(2, dim=-1)
@@ -131,4 +140,4 @@ def _median_r2(predicted: Tensor, case: Case, draws: torch.Generator) -> Interva
         r2 = torch.where(varies, 1 - top / bottom.where(varies, torch.ones_like(bottom)), torch.nan)
         return r2.nanmedian(-1).values.nan_to_num(0.0)
 
-    return bootstrap_sums(torch.cat([errors, spread], 1), median, generator=draws, groups=case.prompt)
+    return bootstrap_sums(sums, median, generator=draws)

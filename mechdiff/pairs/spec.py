@@ -113,8 +113,9 @@ class PairSpec:
         """
         if not self.name:
             raise PairError("the name is empty; give a short one such as cultural_smol (key: pair.name)")
-        for role in ("base", "tuned"):
-            if not getattr(self, role).id:
+        for role in ("base", "tuned", "reference"):
+            model = getattr(self, role)
+            if model is not None and not model.id:
                 raise PairError(f"the id is empty; give a hub id, a folder, or {GGUF} (key: pair.{role}.id)")
         if not self.prompts:
             raise PairError("no prompts; name at least one JSON Lines file (key: pair.prompts)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,41 @@ def test_manifests(
         Path(wrong[0].partition(" is ")[0]).unlink()
     extract(store.parent)
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*.h5")} == before
+    assert say(store, capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("width", "said", "again"),
+    [
+        (2**40, "says {rows} rows of {both} numbers, more than shard-00000.h5 holds; remove it", []),
+        (31, "does not hold sites/head_z.2 whole, as ({rows}, 31) numbers of type float32; remove it", [0]),
+    ],
+)
+def test_a_manifest_that_contradicts_its_shards(
+    store: Path,
+    capsys: pytest.CaptureFixture[str],
+    whole: Path,  # noqa: F811
+    width: int,
+    said: str,
+    again: list[int],
+) -> None:
+    """Every shard has its checksum; only what they hold tells."""
+    first = rows(store)[1]
+    manifest = next(store.glob(f"pass-*/{MANIFEST}"))
+    body = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(body | {"sites": dict.fromkeys(body["sites"], width)}))
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*.h5")}
+    code, _, wrong = say(store, capsys)
+    assert code == 1
+    assert said.format(rows=first, both=2 * width) in wrong[0]
+    assert len(wrong) == 1
+    manifest.unlink()
+    for number in again:
+        (manifest.parent / f"shard-0000{number}.h5").unlink()
+    extract(store.parent)
+    assert shards(store.parent) == shards(whole)
+    changed = [path.name for path, when in before.items() if path.stat().st_mtime_ns != when]
+    assert changed == [f"shard-0000{number}.h5" for number in again]
     assert say(store, capsys)[0] == 0
 
 

@@ -178,6 +178,11 @@ def escape(folder: Path) -> None:
     edit(manifest, shards=shards)
 
 
+def widen(folder: Path, width: int) -> None:
+    manifest = shard(folder).parent / "manifest.json"
+    edit(manifest, sites=dict.fromkeys(json.loads(manifest.read_text())["sites"], width))
+
+
 def other_run(folder: Path) -> None:
     manifest = shard(folder).parent / "manifest.json"
     shards = json.loads(manifest.read_text())["shards"]
@@ -288,6 +293,11 @@ BROKEN = {
         lambda f: edit(shard(f).parent / "manifest.json", sites={"resid_post.3": 32}),
         r"manifest.json is that of another pass, pass-\w+; remove it",
     ),
+    "pass of great width": (
+        lambda f: widen(f, 2**30),
+        r"pass-\w+/manifest.json says \d+ rows of \d+ numbers, more than shard-00000.h5 holds; remove it",
+    ),
+    "pass of a width beyond memory": (lambda f: widen(f, 2**62), "numbers, more than shard-00000.h5 holds"),
     "manifest of another run": (
         other_run,
         r"shard-00000.h5 is damaged: manifest.json is that of another run",

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from mechdiff.parser import quiet
-from tests.torture.harness import Count, torture
+from tests.torture.harness import PATIENCE, Count, torture
 from tests.torture.works import works
 
 KILLS = [60, 60, 30, 25, 25]
@@ -28,6 +28,9 @@ def main() -> int:
     parser = argparse.ArgumentParser("tests.torture", description=__doc__)
     parser.add_argument("--kills", nargs=len(KILLS), type=int, default=KILLS, metavar="N")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32, help="of the moments")
+    parser.add_argument(
+        "--patience", type=float, default=PATIENCE, help="seconds after which a run counts as hung"
+    )
     parser.add_argument("--out", type=Path, help="file that receives the counts")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -47,7 +50,7 @@ def main() -> int:
                     body = {"seed": given.seed, **{name: asdict(c) for name, c in counts.items()}}
                     given.out.write_text(json.dumps(body, indent=1) + "\n")
 
-            found = counts[work.name] = torture(work, place, kills, given.seed, tell)
+            found = counts[work.name] = torture(work, place, kills, given.seed, tell, given.patience)
             print(
                 f"{work.name}: {found.kills} kills, {found.finished} runs finished after them in "
                 f"{found.seconds:.0f} s; unreadable {len(found.unreadable)}, lost {len(found.lost)}, doubled "

@@ -126,7 +126,12 @@ class Processes:
 
 
 def torture(
-    work: Work, place: Path, kills: int, seed: int, tell: Callable[[Count], None] = lambda count: None
+    work: Work,
+    place: Path,
+    kills: int,
+    seed: int,
+    tell: Callable[[Count], None] = lambda count: None,
+    patience: float = PATIENCE,
 ) -> Count:
     """Kill a work at random moments, run it again until it is finished, and compare; over and over.
 
@@ -136,13 +141,14 @@ def torture(
         kills: Number of kills.
         seed: Seed of the moments; which instruction they hit is up to the machine.
         tell: Hears what was counted so far, after every finished run.
+        patience: Seconds after which a process that was left alone counts as hung.
     """
     draws, count, began = random.Random(seed), Count(), time.monotonic()
     log = place / "log.txt"
     whole = _folder(place / "whole")
     start = time.monotonic()
     processes = Processes(work.run, whole, work.ranks, log)
-    assert processes.wait(PATIENCE), log.read_text()
+    assert processes.wait(patience), log.read_text()
     assert not any(processes.codes.values()), log.read_text()
     length, wanted = time.monotonic() - start, work.outcome(whole)
     number = 0
@@ -153,10 +159,12 @@ def torture(
         orphans: list[Processes] = []
         while more and count.kills < kills:
             before = work.committed(folder)
+            anew, start = not any(folder.iterdir()), time.monotonic()
             processes = Processes(work.run, folder, work.ranks, log)
             processes.wait(draws.uniform(0, length))
             alive = processes.running()
             if not alive:
+                length = time.monotonic() - start if anew else length  # the machine has less to do by now
                 break
             chosen = draws.sample(alive, draws.randint(1, len(alive)))
             processes.kill(chosen)
@@ -169,8 +177,10 @@ def torture(
             after = work.committed(folder)
             count.lost += [name for name, content in before.items() if after.get(name) != content]
             count.unreadable += work.unreadable(folder)
+        start = time.monotonic()
         processes = Processes(work.run, folder, work.ranks, log)
-        ended = processes.wait(PATIENCE)
+        ended = processes.wait(patience)
+        length = max(length, time.monotonic() - start)  # or more
         for left in (*orphans, processes):
             left.kill(left.running())
         if not ended or any(processes.codes.values()):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from mechdiff.data.manifest import MANIFEST
-from tests.torture import works
+from tests.torture import memory, works
 from tests.workspace import ROOT
 
 KILLS = ["4", "2", "1", "1", "2"]
@@ -52,3 +52,12 @@ def test_damage_is_counted(tmp_path: Path) -> None:
     (run / "report.html").write_text("<html><body>half")
     (run / "last.ckpt").write_bytes(b"PK")
     assert len(works._bad_runs(run)) == 3
+
+
+def test_memory_of_an_extraction_is_not_that_of_its_activations(tmp_path: Path) -> None:
+    families = 8
+    texts = 16 * families * (memory.TIMES - 1)
+    found = memory.measure(tmp_path, families, ["extraction"])
+    assert not memory.grown(found["extraction"], texts), found
+    stores = [sum(p.stat().st_size for p in (tmp_path / n).rglob("*.h5")) for n in ("1", "10")]
+    assert (stores[1] - stores[0]) / 1024 > 5 * memory.EACH * texts, "or nothing would be seen"

@@ -34,15 +34,7 @@ def works(place: Path) -> list[Work]:
     Args:
         place: An empty folder.
     """
-    pair = workspace(place)
-    configs = place / "configs"
-    configs.mkdir()
-    for name in ("rq1", "clt"):
-        body = yaml.safe_load((ROOT / "configs" / f"{name}_cultural.yaml").read_text())
-        body["trainer"]["callbacks"] = []
-        body["data"].setdefault("init_args", {})["tokens"] = None
-        del body["pair"]
-        (configs / f"{name}_cultural.yaml").write_text(yaml.safe_dump(body))
+    pair, configs = workspace(place), plain_configs(place / "configs")
     measured = make_study.study(place / "measured")
     report = partial(_report, measured)
     return [
@@ -52,6 +44,18 @@ def works(place: Path) -> list[Work]:
         Work("study", partial(_study, pair, configs), _done, _bad_runs, _tables, _records_twice),
         Work("report", report, lambda folder: {}, _bad_pages, _pages, lambda folder: 0),
     ]
+
+
+def plain_configs(folder: Path) -> Path:
+    """Write configurations of RQ1 and RQ2 that run no language model after a fit; return their folder."""
+    folder.mkdir()
+    for name in ("rq1", "clt"):
+        body = yaml.safe_load((ROOT / "configs" / f"{name}_cultural.yaml").read_text())
+        body["trainer"]["callbacks"] = []
+        body["data"].setdefault("init_args", {})["tokens"] = None
+        del body["pair"]
+        (folder / f"{name}_cultural.yaml").write_text(yaml.safe_dump(body))
+    return folder
 
 
 def digests(folder: Path, *patterns: str) -> dict[str, str]:
