@@ -11,7 +11,6 @@ from mechdiff.calibration.cells import FILE, read_calibration, write_calibration
 from mechdiff.calibration.report import INTERVALS, write
 from mechdiff.calibration.run import case_of, read_lines
 from mechdiff.calibration.score import CLOSE_DEGREES, table
-from mechdiff.provenance import software
 
 
 def write_table(folder: Path, seed: int, cases: Sequence[Case]) -> list[Path]:
@@ -35,8 +34,9 @@ def write_table(folder: Path, seed: int, cases: Sequence[Case]) -> list[Path]:
 
 
 def _provenance(lines: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Describe what the lines were measured with: who judges them needs no model, and may do so elsewhere."""
     return {
-        **software(),
+        **_common([line["software"] for line in lines]),
         "seed": seed,
         "tuning_seed": TUNING_SEED,
         "seeds": "thresholds and defaults were looked at with tuning_seed only; no draw depends on both",
@@ -47,3 +47,13 @@ def _provenance(lines: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
         "clear_nats": CLEAR_NATS,
         "close_degrees": CLOSE_DEGREES,
     }
+
+
+def _common(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what descriptions have in common as it is, and as a list what they do not."""
+    found: dict[str, list[Any]] = {}
+    for description in described:
+        for name, value in description.items():
+            values = found.setdefault(name, [])
+            values += [value] if value not in values else []
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}

@@ -17,7 +17,7 @@ from mechdiff.calibration.cells import read_calibration
 from mechdiff.calibration.planting import case_prompts, plant
 from mechdiff.calibration.run import finished, read_lines, run_cases
 from mechdiff.calibration.score import PROPOSE, table
-from mechdiff.calibration.table import write_table
+from mechdiff.calibration.table import _provenance, write_table
 from mechdiff.commands.calibrate import TABLE_SEED, _leave, main
 from mechdiff.errors import ConfigError
 from tests.toys import loaded
@@ -121,9 +121,18 @@ def test_the_table_depends_on_what_was_found_alone(calibrated, tmp_path):
     body = json.loads(path.read_text())
     assert read_calibration(path.parent).cells == table(lines).cells
     assert "onset within one" in page.read_text(encoding="utf-8")
+    assert body["provenance"]["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert body["provenance"]["seed"] == SEED
     assert body["provenance"]["tuning_seed"] == TUNING_SEED != TABLE_SEED
     assert body["provenance"]["cases"] == len(lines)
+
+
+def test_lines_from_several_machines_are_all_named(calibrated):
+    one, *others = read_lines(calibrated[0])
+    one["software"]["python"] = "3.99"
+    found = _provenance([one, *others], SEED)
+    assert found["python"] == ["3.99", others[0]["software"]["python"]]
+    assert found["packages"] == one["software"]["packages"]
 
 
 def test_what_is_done_is_not_run_again(calibrated, tmp_path):
@@ -133,27 +142,50 @@ def test_what_is_done_is_not_run_again(calibrated, tmp_path):
     def load():
         raise AssertionError("nothing is left to run")
 
-    for share in ((0, 1), (1, 3)):
-        assert run_cases(load, [*OBVIOUS, *SILENT], folder, SEED, share)
+    assert run_cases(load, [*OBVIOUS, *SILENT], folder, SEED)
     assert (folder / running.RAW).read_bytes() == before
     with pytest.raises(ConfigError, match="another seed than 6"):
         run_cases(load, OBVIOUS, folder, 6)
 
 
+def unmeasured(base, case, seed):
+    spent = {"cpu_seconds": 0.0, "seconds": 0.0}
+    where = {"device": "cpu", "seed": seed, "base": "x", "software": {}}
+    return {**case.entry(), "truth": {}, "found": {}, **where, **spent}
+
+
 def test_processes_share_the_cases_and_the_last_one_knows(tmp_path, monkeypatch):
-    cases, run_by = grid(1, prompts=4), []
+    cases, run_by, done = grid(1, prompts=4), [], []
+
+    def run(rank):
+        done.append((rank, run_cases(lambda: base, cases, tmp_path, SEED, rank, lambda _: None)))
 
     def measured(base, case, seed):
         run_by.append(case)
-        spent = {"cpu_seconds": 0.0, "seconds": 0.0}
-        return {**case.entry(), "truth": {}, "found": {}, "device": "cpu", "seed": seed, "base": "x", **spent}
+        if len(run_by) == 1:  # while the first process is at its first case, another comes and goes
+            run(1)
+        return unmeasured(base, case, seed)
 
     monkeypatch.setattr(running, "measure", measured)
     base = base_model()
     monkeypatch.setattr(running, "_check_base", lambda folder, base: None)
-    done = [run_cases(lambda: base, cases, tmp_path, SEED, (i, 3), lambda _: None) for i in range(3)]
-    assert done == [False, False, True]
+    run(0)
+    assert done == [(1, False), (0, True)]
     assert sorted(run_by) == sorted(cases) == sorted(finished(tmp_path, SEED))
+
+
+def test_a_case_that_broke_off_is_run_again(tmp_path, monkeypatch):
+    cases, base = [Case("copy", 0.0, 4, 0)], base_model()
+
+    def broken(base, case, seed):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "measure", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run_cases(lambda: base, cases, tmp_path, SEED, say=lambda _: None)
+    assert not finished(tmp_path, SEED)
+    monkeypatch.setattr(running, "measure", unmeasured)
+    assert run_cases(lambda: base, cases, tmp_path, SEED, say=lambda _: None)
 
 
 def test_seeds_and_draws_are_streams_of_their_own():
