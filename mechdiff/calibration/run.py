@@ -25,6 +25,7 @@ from mechdiff.calibration.measure import (
     ask_map,
     ask_nothing,
     ask_rank,
+    parts,
     quiet,
 )
 from mechdiff.calibration.planting import case_prompts, plant
@@ -86,6 +87,9 @@ def measure(base: LoadedModel, case: Case, seed: int) -> Line:
         if "rq4" in case.questions:
             found["rq4"] = ask_heads(pair, prompts, seed)
     known = {"layers": truth.layers, "rank": truth.rank, "heads": truth.heads, "components": truth.components}
+    if len(truth.layers) > 1 and not case.null:
+        targets = [p for p in prompts if p.split == "eval" and p.label == "target"]
+        known["parts"] = parts(pair, targets, truth.layers)
     spent = {"cpu_seconds": time.process_time() - began[0], "seconds": time.perf_counter() - began[1]}
     where = {"device": base.device.type, "seed": seed, "base": base.fingerprint, "software": software()}
     return {

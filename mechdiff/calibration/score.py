@@ -6,8 +6,13 @@
 2. Cells count them by kind, strength and number of prompts. Beside them, without a strength, stand all cases
    of a kind whose gap is at least `CLEAR_NATS`: the clearly measurable ones, to which the targets apply.
    Nulls have no strength. `any planted` and `any null` count them over kinds.
-3. Intervals are exact binomial ones. Heads of one case are counted as if they were independent.
-4. What is not a share (angles, gaps, ranks) is kept as a median with quartiles.
+3. Of a difference in several blocks, those are to be found that matter: each by itself moves a model by
+   `ONSET_FLOOR` of the gap or more, the share below which the methods themselves call nothing an effect. A
+   head matters if its block does. The first of these blocks is the true onset.
+4. Churn is a share of heads, so its false positives are counted in heads; whether any head at all lies beyond
+   the floor stands beside it, and is what `churn_p` is for.
+5. Intervals are exact binomial ones. Heads of one case are counted as if they were independent.
+6. What is not a share (angles, gaps, ranks) is kept as a median with quartiles.
 """
 
 from __future__ import annotations
@@ -32,8 +37,15 @@ TARGETS = {
     "false_positives": 0.05,
 }
 """What is wanted of clearly measurable cases, at least; of false positives, at most."""
-AIMED = {"onset_within_one": ("patch", "graft"), "heads_first": ("own_change", "graft")}
-"""Methods that a target applies to, where it is not all of them."""
+AIMED = {
+    "onset_within_one": ("patch", "graft"),
+    "heads_first": ("own_change", "graft"),
+    "k_error_zero": ("paired_svd",),
+}
+"""Methods that a target applies to, where it is not all of them: other rankings and bases are there to be
+compared with, and no study is told to rely on them."""
+ANY = "any head: "
+"""Begins what a method says of all heads together, where its claim is a share of them."""
 PROPOSE = ("divergence", "r2_delta")
 """Methods that say where or how models differ, however little; whether they do is for others to say."""
 
@@ -83,19 +95,36 @@ def judge(line: Line) -> Iterator[Count]:
     found, truth, null = line["found"], line["truth"], line["kind"] in NULLS
     quantity = "false_positives" if null else "power"
     if "readings" in found.get("rq4", {}):
+        rq4 = found["rq4"]
         for method in ("passed_max", "passed_bh", "above_floor"):
-            yield Count("rq4", quantity, METHODS[method], found["rq4"][method], found["rq4"]["readings"])
+            yield Count("rq4", quantity, METHODS[method], rq4[method], rq4["readings"])
+        yield Count("rq4", quantity, CHURN, rq4["heads_above"], rq4["readings"] * rq4["heads"])
         return
     for question, method, fired in _fired(found):
         yield Count(question, quantity, method, int(fired))
     if null:
+        if "rq4" in found:
+            rq4 = found["rq4"]
+            for floor, share in rq4["churn"].items():
+                yield Count("rq4", quantity, f"churn_{floor}", round(share * rq4["heads"]), rq4["heads"])
         return
+    matter = mattering(line)
     if "rq1" in found:
-        yield from _places_found(found["rq1"], truth["layers"], line["kind"] == "relay")
+        yield from _places_found(found["rq1"], truth["layers"], matter, line["kind"] == "relay")
     if "rq3" in found:
         yield from _rank_found(found["rq3"], truth["rank"])
     if "rq4" in found:
-        yield from _heads_found(found["rq4"], truth["heads"])
+        yield from _heads_found(found["rq4"], truth["heads"], matter)
+
+
+def mattering(line: Line) -> list[int]:
+    """Return the planted blocks that matter, ascending; the one that does most, if none is large enough."""
+    truth = line["truth"]
+    layers, moved = truth["layers"], truth.get("parts")
+    if moved is None:  # one block is all there is
+        return list(layers)
+    least = min(ONSET_FLOOR * (gap_of(line) or 0.0), max(moved))
+    return [layer for layer, nats in zip(layers, moved, strict=True) if nats >= least]
 
 
 def numbers_of(line: Line) -> Iterator[Number]:
@@ -119,7 +148,8 @@ def gap_of(line: Line) -> float | None:
     return None if value is None else float(value)
 
 
-METHODS = {"passed_max": "churn_p", "passed_bh": "churn_bh", "above_floor": "churn_label_swap"}
+CHURN = "churn_label_swap"
+METHODS = {"passed_max": "churn_p", "passed_bh": "churn_bh", "above_floor": ANY + CHURN}
 """What the tests of heads are called."""
 
 
@@ -141,11 +171,13 @@ def _fired(found: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
         yield "rq4", "churn_p", bool(rq4["passed_max"])
         yield "rq4", "churn_bh", bool(rq4["passed_bh"])
         for floor, share in rq4["churn"].items():
-            yield "rq4", f"churn_{floor}", bool(share)
+            yield "rq4", f"{ANY}churn_{floor}", bool(share)
         yield "rq4", "graft", rq4["graft_low"] is not None and rq4["graft_low"] > ONSET_FLOOR
 
 
-def _places_found(rq1: Mapping[str, Any], layers: Sequence[int], relay: bool) -> Iterator[Count]:
+def _places_found(
+    rq1: Mapping[str, Any], layers: Sequence[int], matter: Sequence[int], relay: bool
+) -> Iterator[Count]:
     """Judge where an effect enters, and which blocks hold it."""
     entered = {
         "patch": rq1["patch"]["into_tuned"]["onset"],
@@ -153,18 +185,17 @@ def _places_found(rq1: Mapping[str, Any], layers: Sequence[int], relay: bool) ->
         "divergence": rq1["divergence"][0]["layer"] if rq1["divergence"] else None,
     }
     for method, layer in entered.items():
-        yield from _near("onset", method, layer, layers[0])
+        yield from _near("onset", method, layer, matter[0])
     if relay:  # tuned's state makes base act only from where it has been read
         yield from _near("read", "patch", rq1["patch"]["into_base"]["onset"], layers[-1])
-    size = len(layers)
     ranked = {
         "patch": rq1["patch"]["into_tuned"]["increment"],
         "graft": [ends[0] for ends in rq1["graft"]["base_into_tuned"]["recovery"]],
     }
     for method, values in ranked.items():
         known = [float("-inf") if value is None else value for value in values]
-        best = set(largest(known, size)) if any(value is not None for value in values) else set()
-        yield Count("rq1", "block_recall", method, len(best & set(layers)), size)
+        best = set(largest(known, len(matter))) if any(value is not None for value in values) else set()
+        yield Count("rq1", "block_recall", method, len(best & set(matter)), len(matter))
 
 
 def _near(quantity: str, method: str, layer: int | None, true: int) -> Iterator[Count]:
@@ -180,16 +211,22 @@ def _rank_found(rq3: Mapping[str, Any], rank: int) -> Iterator[Count]:
             yield Count("rq3", "principal_angle", solver, int(max(angles) <= CLOSE_DEGREES))
 
 
-def _heads_found(rq4: Mapping[str, Any], heads: Sequence[Sequence[int]]) -> Iterator[Count]:
-    true = {tuple(head) for head in heads}
+def _heads_found(
+    rq4: Mapping[str, Any], heads: Sequence[Sequence[int]], matter: Sequence[int]
+) -> Iterator[Count]:
+    """Judge rankings of heads: no other head may stand above as many planted ones as matter."""
+    planted = {tuple(head) for head in heads}
+    true = {head for head in planted if head[0] in matter}
     for method in ("own_change", "attribution", "graft"):
-        best = {(int(layer), int(head)) for layer, head, _ in rq4[method][: len(true)]}
-        yield Count("rq4", "head_recall", method, len(best & true), len(true))
-        yield Count("rq4", "heads_first", method, int(best == true))
+        ranked = [(int(layer), int(head)) for layer, head, _ in rq4[method]]
+        found = set(ranked[: len(planted)]) & true
+        yield Count("rq4", "head_recall", method, len(found), len(true))
+        first = ranked[: len(true)]
+        yield Count("rq4", "heads_first", method, int(len(first) == len(true) and set(first) <= planted))
     passed = {tuple(head) for head in rq4["passed_max"]}
     yield Count("rq4", "head_recall", "churn_p", len(passed & true), len(true))
     if passed:
-        yield Count("rq4", "head_precision", "churn_p", len(passed & true), len(passed))
+        yield Count("rq4", "head_precision", "churn_p", len(passed & planted), len(passed))
 
 
 def _entry(side: Mapping[str, Any]) -> int | None:
@@ -221,7 +258,8 @@ def _places(line: Line) -> Iterator[tuple[str, float | None, int]]:
 def _cell(key: tuple[Any, ...], counts: Sequence[Count]) -> Cell:
     question, quantity, method, kind, strength, prompts = key
     successes, trials = (sum(getattr(count, part) for count in counts) for part in ("successes", "trials"))
-    applies = strength is None and method not in PROPOSE and method in AIMED.get(quantity, (method,))
+    aimed = method not in PROPOSE and not method.startswith(ANY) and method in AIMED.get(quantity, (method,))
+    applies = strength is None and aimed
     about = {"question": question, "quantity": quantity, "method": method, "kind": kind}
     about |= {"strength": strength, "prompts": prompts, "target": TARGETS.get(quantity) if applies else None}
     return Cell.count(successes, trials, **about)
