@@ -86,7 +86,12 @@ def measure(base: LoadedModel, case: Case, seed: int) -> Line:
             found["rq3"] = ask_rank(pair, prompts, states, site, truth, seed)
         if "rq4" in case.questions:
             found["rq4"] = ask_heads(pair, prompts, seed)
-    known = {"layers": truth.layers, "rank": truth.rank, "heads": truth.heads, "components": truth.components}
+    known: dict[str, Any] = {
+        "layers": truth.layers,
+        "rank": truth.rank,
+        "heads": truth.heads,
+        "components": truth.components,
+    }
     if len(truth.layers) > 1 and not case.null:
         targets = [p for p in prompts if p.split == "eval" and p.label == "target"]
         known["parts"] = parts(pair, targets, truth.layers)
