@@ -23,6 +23,8 @@ PROMPTS = 16
 """Targets of dev and of eval in a case, and as many neutral prompts."""
 CLEAR_NATS = 0.02
 """Divergence of tuned from base, nats per prompt, from which a difference is clearly measurable."""
+GRAFTED = 8
+"""Heads with the largest own change that are grafted."""
 
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "policy_1": (0.03, 0.1, 0.3, 1.0),
@@ -37,7 +39,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "relay": (0.1, 0.3, 1.0),
 }
 """Kinds that change something, and how strongly: in the unit of the function that plants them."""
-NULLS = {"copy": 0.4, "bf16": 6.0, "vocabulary": 2.0, "swapped": 2.0, "halves": 2.0}
+NULLS = {"copy": 0.4, "bf16": 16.0, "vocabulary": 2.0, "swapped": 2.0, "halves": 2.0}
 """Kinds without a difference, and how often they are repeated, relative to the others."""
 MORE_PROMPTS = {"policy_1": (0.1, (8, 32)), "flip": (0.3, (8, 32))}
 """Kinds that are also run on other numbers of prompts, at one strength."""

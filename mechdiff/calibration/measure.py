@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from mechdiff.calibration.cases import GRAFTED
 from mechdiff.calibration.states import CaseStates
 from mechdiff.callbacks import Grafts, Heads, LayerPatch, MappedPatch, Steering
 from mechdiff.callbacks.base import CausalEvaluation
@@ -49,8 +50,6 @@ ANSWER_CHARS = 16
 """Longest answer to them."""
 RANKED = 12
 """Heads at the top of a ranking that are kept."""
-GRAFTED = 8
-"""Heads with the largest own change that are grafted."""
 READINGS = 40
 """Draws of labels without a meaning, of one table of heads."""
 

@@ -6,6 +6,7 @@ exact interval and what was asked for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ FIGURES: dict[str, tuple[str, Callable[[Cells], Cells], Callable[[Cells, Path], 
 """Name of each figure, what is drawn, and how."""
 INTERVALS = "intervals"
 """What is not one question's own."""
+POOL = "pool"
+"""Where the prompts of the intervals come from, in the provenance."""
 
 
 def write(folder: str | Path, figures: str = ".") -> list[Path]:
@@ -103,7 +106,7 @@ def _page(table: Calibration, drawn: dict[str, str]) -> Iterator[str]:
         yield from _shares("What was planted and is found", [c for c in own if c.group == "recall"])
         yield from _shares("Where nothing is", [c for c in own if c.group == "false_positives"])
         yield from _matrix("Coverage of its intervals", [c for c in own if c.group == "coverage"])
-        yield from _matrix("Power by number of prompts", [c for c in own if c.group == "power"])
+        yield from _shares("Power", [c for c in own if c.group == "power"])
         yield from _numbers([n for n in table.numbers if n["question"] == question])
     if "recall" in drawn:
         yield from (f"![Recall by strength]({drawn['recall']})", "")
@@ -163,9 +166,35 @@ def _summary(cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def _shares(title: str, cells: Sequence[Cell]) -> Iterator[str]:
-    if cells:
-        yield from (f"### {title}", "")
-        yield from _rows(cells)
+    if not cells:
+        return
+    yield from (f"### {title}", "")
+    yield from _rows([c for c in cells if c.strength is None])
+    yield from _strengths([c for c in cells if c.strength is not None])
+
+
+def _strengths(cells: Sequence[Cell]) -> Iterator[str]:
+    """Lay out cells that differ in strength as one row each."""
+    if not cells:
+        return
+    strengths = sorted({c.strength for c in cells if c.strength is not None})
+    lines: dict[tuple[str, ...], dict[float | None, Cell]] = {}
+    for c in cells:
+        key = (c.quantity.replace("_", " "), c.method, c.kind, f"{c.prompts}", _target(c))
+        lines.setdefault(key, {})[c.strength] = c
+    yield from ("By strength, share in %, whether clearly measurable or not.", "")
+    rows = [
+        [
+            *key,
+            *(
+                f"{line[s].successes}/{line[s].trials}: {_share(line[s])}" if s in line else ""
+                for s in strengths
+            ),
+        ]
+        for key, line in lines.items()
+    ]
+    heading = ["quantity", "method", "on", "prompts", "target (%)", *(f"{s:g}" for s in strengths)]
+    yield from _table(heading, rows, numbers=3)
 
 
 def _rows(cells: Sequence[Cell]) -> Iterator[str]:
@@ -234,7 +263,9 @@ def _matrix(title: str, cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def _needed(cells: Sequence[Cell]) -> Iterator[str]:
-    found = how_many_prompts(cells)
+    tried = [c for c in cells if c.group == "power" and c.strength is not None]
+    sizes = Counter((c.question, c.method, c.kind, c.strength) for c in tried)
+    found = how_many_prompts([c for c in tried if sizes[c.question, c.method, c.kind, c.strength] > 1])
     if not found:
         return
     yield from ("## How many prompts do I need?", "")

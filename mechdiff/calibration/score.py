@@ -5,10 +5,12 @@
    is a false positive.
 2. Cells count them by kind, strength and number of prompts. Beside them, without a strength, stand all cases
    of a kind whose gap is at least `CLEAR_NATS`: the clearly measurable ones, to which the targets apply.
-   Nulls have no strength. `any planted` and `any null` count them over kinds.
+   Nulls have no strength. `any planted` and `any null` count them over kinds, `any planted in one place` and
+   `in several places` over those whose difference enters at one block or not.
 3. Of a difference in several blocks, those are to be found that matter: each by itself moves a model by
    `ONSET_FLOOR` of the gap or more, the share below which the methods themselves call nothing an effect. A
-   head matters if its block does. The first of these blocks is the true onset.
+   head matters if its block does. The first of these blocks is the true onset. Of a ranking by graft no more
+   heads are judged than were grafted.
 4. Churn is a share of heads, so its false positives are counted in heads; whether any head at all lies beyond
    the floor stands beside it, and is what `churn_p` is for.
 5. Intervals are exact binomial ones. Heads of one case are counted as if they were independent.
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mechdiff.calibration.cases import CLEAR_NATS, NULLS
+from mechdiff.calibration.cases import CLEAR_NATS, GRAFTED, NULLS
 from mechdiff.calibration.cells import Calibration, Cell
 from mechdiff.functional.selection import ONSET_FLOOR, largest, onset
 
@@ -46,6 +48,16 @@ AIMED = {
 compared with, and no study is told to rely on them."""
 ANY = "any head: "
 """Begins what a method says of all heads together, where its claim is a share of them."""
+WHY = {
+    ("onset_within_one", "patch"): "A patch at the last position undoes what has reached that position. Of a "
+    "difference in several blocks the first may act through other tokens, or act against the others.",
+    ("onset_within_one", "graft"): "Of a block that does a tenth or a fifth of the difference the interval "
+    "over so few prompts reaches below the floor of 5 %, and where parts cancel its graft restores nothing.",
+}
+"""Why a target is missed, as far as it is known, by quantity and method."""
+ANY_PLANTED = "any planted"
+ONE_PLACE = ("policy", "block", "relay")
+"""Families whose difference enters at one block; that of others is in several, which may cancel."""
 PROPOSE = ("divergence", "r2_delta")
 """Methods that say where or how models differ, however little; whether they do is for others to say."""
 
@@ -81,6 +93,8 @@ def table(lines: Sequence[Line]) -> Calibration:
     for line in lines:
         for name, strength, prompts in _places(line):
             for count in judge(line):
+                if name.startswith(f"{ANY_PLANTED} in") and count.question != "rq1":
+                    continue  # other questions are asked of one of the two alone
                 counts[(*count[:3], name, strength, prompts)].append(count)
             for number in numbers_of(line):
                 numbers[(*number[:3], number.unit, name, strength, prompts)].append(number.value)
@@ -221,8 +235,9 @@ def _heads_found(
         ranked = [(int(layer), int(head)) for layer, head, _ in rq4[method]]
         found = set(ranked[: len(planted)]) & true
         yield Count("rq4", "head_recall", method, len(found), len(true))
-        first = ranked[: len(true)]
-        yield Count("rq4", "heads_first", method, int(len(first) == len(true) and set(first) <= planted))
+        most = min(len(true), GRAFTED) if method == "graft" else len(true)  # no more planted ones are grafted
+        first = ranked[:most]
+        yield Count("rq4", "heads_first", method, int(len(first) == most and set(first) <= planted))
     passed = {tuple(head) for head in rq4["passed_max"]}
     yield Count("rq4", "head_recall", "churn_p", len(passed & true), len(true))
     if passed:
@@ -247,12 +262,15 @@ def _places(line: Line) -> Iterator[tuple[str, float | None, int]]:
         return
     gap = gap_of(line)
     clear = gap is not None and gap >= CLEAR_NATS
-    for name in dict.fromkeys((kind, kind.partition("_")[0])):
+    family = kind.partition("_")[0]
+    for name in dict.fromkeys((kind, family)):
         yield name, line["strength"], prompts
         if clear:
             yield name, None, prompts
     if clear:
-        yield "any planted", None, prompts
+        yield ANY_PLANTED, None, prompts
+        where = "one place" if family in ONE_PLACE else "several places"
+        yield f"{ANY_PLANTED} in {where}", None, prompts
 
 
 def _cell(key: tuple[Any, ...], counts: Sequence[Count]) -> Cell:
@@ -262,7 +280,7 @@ def _cell(key: tuple[Any, ...], counts: Sequence[Count]) -> Cell:
     applies = strength is None and aimed
     about = {"question": question, "quantity": quantity, "method": method, "kind": kind}
     about |= {"strength": strength, "prompts": prompts, "target": TARGETS.get(quantity) if applies else None}
-    return Cell.count(successes, trials, **about)
+    return Cell.count(successes, trials, **about, note=WHY.get((quantity, method)))
 
 
 def _summary(key: tuple[Any, ...], values: Sequence[float]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mechdiff.calibration.cases import CLEAR_NATS, TUNING_SEED, Case
 from mechdiff.calibration.cells import FILE, read_calibration, write_calibration
-from mechdiff.calibration.report import INTERVALS, write
+from mechdiff.calibration.report import INTERVALS, POOL, write
 from mechdiff.calibration.run import case_of, read_lines
 from mechdiff.calibration.score import CLOSE_DEGREES, table
 
@@ -27,9 +27,11 @@ def write_table(folder: Path, seed: int, cases: Sequence[Case]) -> list[Path]:
     wanted = set(cases)
     lines = sorted((line for line in read_lines(folder) if case_of(line) in wanted), key=case_of)
     found = table(lines)
-    if (folder / FILE).is_file():  # what was counted without models stays
-        found.cells += [c for c in read_calibration(folder).cells if c.question == INTERVALS]
     found.provenance = _provenance(lines, seed)
+    if (folder / FILE).is_file():  # what was counted without models stays, and where it comes from
+        before = read_calibration(folder)
+        found.cells += [c for c in before.cells if c.question == INTERVALS]
+        found.provenance |= {name: value for name, value in before.provenance.items() if name == POOL}
     return [write_calibration(found, folder), *write(folder)]
 
 

@@ -275,7 +275,7 @@ def test_a_grid_that_was_cut_off_is_a_smaller_one():
     assert [c.draw for c in whole if c.kind == "policy_1"] == sorted(
         c.draw for c in whole if c.kind == "policy_1"
     )
-    assert sum(c.kind == "bf16" for c in whole) == 24
+    assert sum(c.kind == "bf16" for c in whole) == 64
 
 
 @pytest.mark.parametrize(
