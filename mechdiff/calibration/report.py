@@ -41,6 +41,15 @@ INTERVALS = "intervals"
 """What is not one question's own."""
 POOL = "pool"
 """Where the prompts of the intervals come from, in the provenance."""
+PLANTED = (
+    "Planted: `policy_r`, r topics that each write a direction of their own at one block; `block` and "
+    "`spread`, noise in the weights of one block, or of five; `flip`, `rotate`, `query` and `key`, three "
+    "heads whose output or attention is changed; `relay`, a block that writes what a later one acts on. "
+    "Nulls: `copy`; `bf16`, weights rounded; `vocabulary`, permuted ids and new tokens; `swapped`, model "
+    "labels swapped by prompt; `halves` of one model's prompts. A difference of `clear nats` or more is "
+    "clearly measurable; of one in several blocks, those are asked for that move a model by 5 % of it by "
+    "themselves."
+)
 
 
 def write(folder: str | Path, figures: str = ".") -> list[Path]:
@@ -142,7 +151,7 @@ def _summary(cells: Sequence[Cell]) -> Iterator[str]:
     """Put what was asked for first, over all kinds; then how the cells of single kinds did."""
     over = [c for c in cells if c.kind.startswith("any ") and c.wanted is not None]
     if over:
-        yield from ("## What was asked for", "")
+        yield from (PLANTED, "", "## What was asked for", "")
         yield (
             "`any planted`: all clearly measurable differences; `any null`: all that are none. Of churn "
             "each head is a trial."

@@ -92,12 +92,13 @@ def table(lines: Sequence[Line]) -> Calibration:
     numbers: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for line in lines:
         for name, strength, prompts in _places(line):
+            apart = name.startswith(f"{ANY_PLANTED} in")  # other questions are asked of one of the two alone
             for count in judge(line):
-                if name.startswith(f"{ANY_PLANTED} in") and count.question != "rq1":
-                    continue  # other questions are asked of one of the two alone
-                counts[(*count[:3], name, strength, prompts)].append(count)
+                if count.question == "rq1" or not apart:
+                    counts[(*count[:3], name, strength, prompts)].append(count)
             for number in numbers_of(line):
-                numbers[(*number[:3], number.unit, name, strength, prompts)].append(number.value)
+                if number.question == "rq1" or not apart:
+                    numbers[(*number[:3], number.unit, name, strength, prompts)].append(number.value)
     return Calibration(
         [_cell(key, counts[key]) for key in sorted(counts, key=_order)],
         numbers=[_summary(key, numbers[key]) for key in sorted(numbers, key=_order)],
