@@ -22,7 +22,8 @@ TUNING_SEED = 1
 PROMPTS = 16
 """Targets of dev and of eval in a case, and as many neutral prompts."""
 CLEAR_NATS = 0.02
-"""Divergence of tuned from base, nats per prompt, from which a difference is clearly measurable."""
+"""Divergence of tuned from base, nats per prompt, from which a difference is clearly measurable. It was set
+beforehand; in tuning, policies and noise in one block were placed exactly from an eighth of it on."""
 GRAFTED = 8
 """Heads with the largest own change that are grafted."""
 
