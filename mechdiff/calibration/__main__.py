@@ -13,7 +13,7 @@ from pathlib import Path
 from mechdiff.commands.options import Options
 from mechdiff.errors import in_one_line
 
-POOL = "pool.csv"
+PROMPTS = "pool.csv"
 
 
 def parser() -> Options:
@@ -40,20 +40,20 @@ def main(args: Sequence[str]) -> int:
     from mechdiff.calibration.cells import FILE, Calibration, read_calibration, write_calibration
     from mechdiff.calibration.coverage import coverage
     from mechdiff.calibration.pool import Pool, pool_of
-    from mechdiff.calibration.report import INTERVALS, write
+    from mechdiff.calibration.report import INTERVALS, POOL, write
     from mechdiff.pairs.loading import load_pair
     from mechdiff.study import read_pair
 
     given.folder.mkdir(parents=True, exist_ok=True)
     held = (given.folder / FILE).is_file()
     table = read_calibration(given.folder) if held else Calibration([])
-    if not (given.folder / POOL).is_file():
-        pool_of(load_pair(read_pair(given.pair), given.device)).write(given.folder / POOL)
-    pool = Pool.read(given.folder / POOL)
+    if not (given.folder / PROMPTS).is_file():
+        pool_of(load_pair(read_pair(given.pair), given.device)).write(given.folder / PROMPTS)
+    pool = Pool.read(given.folder / PROMPTS)
     others = [c for c in table.cells if c.question != INTERVALS]
     table.cells = [*others, *coverage(pool, seed=given.seed, trials=given.trials)]
     said = {"pair": given.pair.stem, "prompts": len(pool.family), "trials": given.trials}
-    table.provenance["pool"] = {**said, "seed": given.seed}
+    table.provenance[POOL] = {**said, "seed": given.seed}
     write_calibration(table, given.folder)
     for path in write(given.folder):
         print(path)

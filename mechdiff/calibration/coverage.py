@@ -45,6 +45,11 @@ IGNORED = "families taken for prompts"
 
 FEW = "Resamples of so few families stay between the least and the greatest of them."
 
+WIDE = (
+    "Tails that are expanded for few prompts hold more than they need to where prompts are of two kinds, as "
+    "here (declined or not): an error on the safe side."
+)
+
 Sample = Mapping[str, Tensor]
 """Columns of a pool at the prompts of a sample, with ``family`` if whole families are to be resampled."""
 
@@ -58,12 +63,14 @@ class Estimate:
         truth: From sums over the whole pool, each family with the same weight.
         families: Whether it can resample whole families.
         asked: Whether runs use it for this; else it is there for comparison and nothing is asked of it.
+        left: Column of a recovery's numerator.
     """
 
     interval: Callable[[Sample, torch.Generator], Interval]
     truth: Callable[[Mapping[str, float]], float]
     families: bool = True
     asked: bool = True
+    left: str | None = None
 
 
 def _mean(name: str) -> Estimate:
@@ -72,9 +79,13 @@ def _mean(name: str) -> Estimate:
     )
 
 
-def _recovery(sample: Sample, draws: torch.Generator) -> Interval:
-    left, gap = sample["left"], sample["gap"]
-    return bootstrap_ratio(left, gap, generator=draws, groups=sample.get("family"), complement=True)
+def _recovery(sample: Sample, draws: torch.Generator, left: str = "half") -> Interval:
+    groups = sample.get("family")
+    return bootstrap_ratio(sample[left], sample["gap"], generator=draws, groups=groups, complement=True)
+
+
+def _recovered(left: str) -> Estimate:
+    return Estimate(lambda s, draws: _recovery(s, draws, left), lambda m: 1 - m[left] / m["gap"], left=left)
 
 
 def _two_recoveries(sample: Sample, draws: torch.Generator) -> Interval:
@@ -99,7 +110,8 @@ ESTIMATES: dict[str, Estimate] = {
     "mean of a gap, jackknife": Estimate(_jackknifed, lambda m: m["gap"], families=False, asked=False),
     "mean of a gap, plain percentiles": Estimate(_plain, lambda m: m["gap"], families=False, asked=False),
     "mean of a difference": _mean("shift"),
-    "recovery (ratio of sums)": Estimate(_recovery, lambda m: 1 - m["left"] / m["gap"]),
+    "recovery of a part": _recovered("half"),
+    "recovery of nearly all": _recovered("left"),
     "difference of recoveries, other prompts": Estimate(_two_recoveries, lambda _: 0.0, families=False),
     "proportion, exact": Estimate(
         lambda s, _: binomial_interval(int(s["tuned"].sum()), len(s["tuned"])),
@@ -155,9 +167,22 @@ def coverage(
                     "kind": kind,
                 }
                 target = TARGET if estimate.asked and kind != IGNORED else None
-                about |= {"note": FEW} if kind == "families" and n // PER_FAMILY < BCA_FROM else {}
+                about["note"] = _note(pool, estimate, kind, n, held / trials)
                 found.append(Cell.count(held, trials, **about, strength=None, prompts=n, target=target))
     return found
+
+
+def _note(pool: Pool, estimate: Estimate, kind: str, n: int, share: float) -> str | None:
+    """Say why a share is out of range, where that is known."""
+    if kind == "families" and n // PER_FAMILY < BCA_FROM:
+        return FEW
+    if share > TARGET[1]:
+        return WIDE
+    if estimate.left is None:
+        return None
+    held = pool.columns[estimate.left].sort(descending=True).values.cumsum(0)
+    few = (int((held < held[-1] / 2).sum()) + 1) / len(held)
+    return f"Half of what is left rests on {few:.1%} of all prompts; a sample without them cannot know of it."
 
 
 def _families(family: Tensor) -> list[Tensor]:

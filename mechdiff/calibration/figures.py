@@ -1,13 +1,14 @@
-"""Draw a calibration: power, coverage of intervals, and what is found of what was planted."""
+"""Draw a calibration: what is found of what was planted, power, and coverage of intervals."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -27,6 +28,32 @@ COLUMNS = 3
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 _SHAPES = "osD^vPX"
+_STROKES = ("-", "--", ":")
+
+
+def recall_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """Return what is drawn of recall: what something is asked of, and what it is compared with."""
+    asked = {c.quantity for c in cells if c.group == "recall" and c.wanted is not None}
+    return _strong([c for c in cells if c.group == "recall" and c.quantity in asked])
+
+
+def strength_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """Return what is drawn of power by strength."""
+    return _strong([c for c in cells if c.group == "power"])
+
+
+def power_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """Return what is drawn of power by prompts: what was tried with several numbers of them."""
+    found = [c for c in cells if c.group == "power" and c.strength is not None]
+    sizes: dict[tuple[Any, ...], set[int]] = {}
+    for c in found:
+        sizes.setdefault((c.kind, c.strength), set()).add(c.prompts)
+    return _own([c for c in found if len(sizes[c.kind, c.strength]) > 1])
+
+
+def coverage_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """Return what is drawn of coverage."""
+    return [c for c in cells if c.group == "coverage"]
 
 
 def plot_power(cells: Sequence[Cell], out: str | Path | None = None) -> Figure:
@@ -37,27 +64,24 @@ def plot_power(cells: Sequence[Cell], out: str | Path | None = None) -> Figure:
         out: File to write, its format given by the suffix.
 
     Raises:
-        ConfigError: If it holds no power.
+        ConfigError: If nothing was tried with several numbers of prompts.
     """
-    found = _of(cells, "power")
-    strengths = sorted({c.strength for c in found if c.strength is not None})
-    shades = colormaps["viridis_r"]
-    colours: dict[float | None, Any] = {
-        strength: shades(0.15 + 0.75 * i / max(len(strengths) - 1, 1)) for i, strength in enumerate(strengths)
-    }
-    kinds = list(dict.fromkeys(c.kind for c in found))
+    found = _some(power_cells(cells), "power by number of prompts")
+    lines = list(dict.fromkeys((c.kind, c.strength) for c in found))
 
     def panel(axes: Axes, shown: Sequence[Cell]) -> None:
-        for kind, strength in dict.fromkeys((c.kind, c.strength) for c in shown):
-            line = [c for c in shown if (c.kind, c.strength) == (kind, strength)]
-            look = {"color": colours.get(strength, GREY), "marker": _SHAPES[kinds.index(kind) % len(_SHAPES)]}
-            _line(axes, line, [c.prompts for c in line], **look)
+        for number, key in enumerate(lines):
+            line = [c for c in shown if (c.kind, c.strength) == key]
+            shift = 1 + 0.03 * (number - len(lines) / 2)  # on a logarithmic axis
+            _line(axes, line, [c.prompts * shift for c in line], **_look(number))
         axes.axhline(POWER, color="black", linewidth=0.8, linestyle="--", zorder=1)
         _prompts_axis(axes, shown)
         axes.set_ylabel("found (share of trials)")
 
-    handles = [Line2D([], [], color=colours[s], label=f"strength {s:g}") for s in strengths]
-    handles += [_key(kind, i) for i, kind in enumerate(kinds)] if len(kinds) > 1 else []
+    handles: list[Any] = [
+        Line2D([], [], ms=4, label=f"{kind} of strength {strength:g}", **_look(i))
+        for i, (kind, strength) in enumerate(lines)
+    ]
     handles += [Line2D([], [], color="black", linewidth=0.8, linestyle="--", label=f"{POWER:.0%}")]
     more = "Lines: exact binomial 95 % intervals."
     return _panels(found, lambda c: f"{c.question}: {c.method}", panel, handles, more, out)
@@ -73,7 +97,7 @@ def plot_coverage(cells: Sequence[Cell], out: str | Path | None = None) -> Figur
     Raises:
         ConfigError: If it holds no coverage.
     """
-    found = _of(cells, "coverage")
+    found = _some(coverage_cells(cells), "coverage")
     methods = list(dict.fromkeys(c.method for c in found))
     least = min(0.85, min(c.low for c in found) - 0.01)
 
@@ -97,7 +121,7 @@ def plot_coverage(cells: Sequence[Cell], out: str | Path | None = None) -> Figur
 
 
 def plot_recall(cells: Sequence[Cell], out: str | Path | None = None) -> Figure:
-    """Draw what is found of what was planted, by strength: a panel per quantity, a line per method and kind.
+    """Draw what is found of what was planted, by strength: a panel per quantity and method, a line per kind.
 
     Args:
         cells: A table of calibration.
@@ -106,42 +130,82 @@ def plot_recall(cells: Sequence[Cell], out: str | Path | None = None) -> Figure:
     Raises:
         ConfigError: If it holds nothing that was planted with a strength.
     """
-    found = [c for c in _of(cells, "recall") if c.strength is not None]
-    if not found:
-        raise ConfigError("nothing to draw: no planted difference has a strength")
-    lines = list(dict.fromkeys((c.method, c.kind) for c in found))
+    found = _some(recall_cells(cells), "planted difference with a strength")
+    least = {c.quantity: c.wanted[0] for c in cells if c.group == "recall" and c.wanted is not None}
+    return _by_strength(found, _place, least, out)
+
+
+def plot_strength(cells: Sequence[Cell], out: str | Path | None = None) -> Figure:
+    """Draw power against strength: a panel per method, a line per kind.
+
+    Args:
+        cells: A table of calibration.
+        out: File to write, its format given by the suffix.
+
+    Raises:
+        ConfigError: If it holds no power by strength.
+    """
+    found = _some(strength_cells(cells), "power by strength")
+    return _by_strength(found, lambda c: f"{c.question}: {c.method}", {}, out)
+
+
+def _place(cell: Cell) -> str:
+    return f"{cell.question}: {cell.quantity.replace('_', ' ')}, {cell.method}"
+
+
+def _by_strength(
+    cells: Sequence[Cell],
+    name: Callable[[Cell], str],
+    least: Mapping[str, float],
+    out: str | Path | None,
+) -> Figure:
+    """Draw a panel per name; `least` is what is asked of a quantity."""
+    kinds = list(dict.fromkeys(c.kind for c in sorted(cells, key=lambda c: c.kind)))
 
     def panel(axes: Axes, shown: Sequence[Cell]) -> None:
-        for number, key in enumerate(lines):
-            own = [c for c in shown if (c.method, c.kind) == key]
-            line = [c for c in own if c.prompts == max(c.prompts for c in own)]
-            _line(axes, line, [c.strength or 0.0 for c in line], **_look(number))
-        for least in {c.wanted[0] for c in shown if c.wanted is not None}:
-            axes.axhline(least, color="black", linewidth=0.8, linestyle="--", zorder=1)
         places = sorted({c.strength for c in shown if c.strength is not None})
-        if places[0] > 0 and places[-1] > 4 * places[0]:
-            axes.set_xscale("log")
+        for number, kind in enumerate(kinds):
+            line = [c for c in shown if c.kind == kind]
+            shift = 1 + 0.04 * (number - len(kinds) / 2)  # on a logarithmic axis
+            _line(axes, line, [(c.strength or 0.0) * shift for c in line], **_look(number))
+        if shown[0].quantity in least:
+            axes.axhline(least[shown[0].quantity], color="black", linewidth=0.8, linestyle="--", zorder=1)
+        axes.set_xscale("log")
         _ticks(axes, places)
         axes.set_xlabel("strength of the planted difference")
         axes.set_ylim(-0.02, 1.03)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_ylabel("share of trials")
 
-    handles: list[Any] = [
-        Line2D([], [], ms=4, label=f"{method}, {kind}", **_look(i)) for i, (method, kind) in enumerate(lines)
-    ]
-    handles.append(Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="asked for"))
-    more = "With most of the prompts that were tried. Lines: exact binomial 95 % intervals."
-    return _panels(
-        found, lambda c: f"{c.question}: {c.quantity.replace('_', ' ')}", panel, handles, more, out
-    )
+    handles: list[Any] = [Line2D([], [], ms=4, label=kind, **_look(i)) for i, kind in enumerate(kinds)]
+    if least:
+        label = "asked for, where it is clearly measurable"
+        handles.append(Line2D([], [], color="black", linewidth=0.8, linestyle="--", label=label))
+    more = "Strengths of different kinds have different units. Lines: exact binomial 95 % intervals."
+    return _panels(cells, name, panel, handles, more, out)
 
 
-def _of(cells: Sequence[Cell], group: str) -> list[Cell]:
-    found = [c for c in cells if c.group == group]
+def _strong(cells: Sequence[Cell]) -> list[Cell]:
+    """Keep cells of a strength, with the number of prompts that most were tried with."""
+    found = _own([c for c in cells if c.strength is not None])
     if not found:
-        raise ConfigError(f"nothing to draw: the calibration holds no {group.replace('_', ' ')}")
-    return sorted(found, key=lambda c: (c.question, c.prompts))
+        return []
+    counts = Counter(c.prompts for c in found)
+    usual = max(counts, key=lambda n: (counts[n], n))
+    return [c for c in found if c.prompts == usual]
+
+
+def _own(cells: Sequence[Cell]) -> list[Cell]:
+    """Leave out kinds that others are part of, such as policies of all ranks."""
+    kinds = {c.kind for c in cells}
+    whole = {kind for kind in kinds if any(other.startswith(f"{kind}_") for other in kinds)}
+    return sorted((c for c in cells if c.kind not in whole), key=lambda c: c.question)
+
+
+def _some(cells: list[Cell], what: str) -> list[Cell]:
+    if not cells:
+        raise ConfigError(f"nothing to draw: the calibration holds no {what}")
+    return cells
 
 
 def _panels(
@@ -163,7 +227,7 @@ def _panels(
             axes.remove()
         for axes, title in zip(grid, names, strict=False):
             draw(axes, [c for c in cells if name(c) == title])
-            axes.set_title("\n".join(textwrap.wrap(title, 90 // columns)))
+            axes.set_title("\n".join(textwrap.wrap(title, 78 // columns)))
         figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=7)
         trials = sorted({c.trials for c in cells})
         sizes = f"{trials[0]:,}" if len(trials) == 1 else f"{trials[0]:,} to {trials[-1]:,}"
@@ -179,7 +243,7 @@ def _line(axes: Axes, cells: Sequence[Cell], places: Sequence[float], **look: An
     x, line = [places[i] for i in order], [cells[i] for i in order]
     axes.plot(x, [c.estimate for c in line], markersize=4, linewidth=1.2, zorder=3, **look)
     ends = [c.low for c in line], [c.high for c in line]
-    axes.vlines(x, *ends, color=look["color"], linewidth=0.9, zorder=2)
+    axes.vlines(x, *ends, color=look["color"], linewidth=0.9, alpha=0.6, zorder=2)
 
 
 def _prompts_axis(axes: Axes, cells: Sequence[Cell]) -> None:
@@ -187,7 +251,7 @@ def _prompts_axis(axes: Axes, cells: Sequence[Cell]) -> None:
     _ticks(axes, sorted({c.prompts for c in cells}))
     axes.set_xlabel("prompts")
     axes.set_ylim(-0.02, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 def _ticks(axes: Axes, places: Sequence[float]) -> None:
@@ -197,9 +261,7 @@ def _ticks(axes: Axes, places: Sequence[float]) -> None:
 
 
 def _look(number: int) -> dict[str, Any]:
-    return {"color": _COLOURS[number % len(_COLOURS)], "marker": _SHAPES[number % len(_SHAPES)]}
-
-
-def _key(kind: str, number: int) -> Line2D:
-    shape = _SHAPES[number % len(_SHAPES)]
-    return Line2D([], [], color=GREY, marker=shape, ms=4, linestyle="none", label=kind)
+    """Return colour, marker and stroke; a second round of colours has other markers and is dashed."""
+    again, place = divmod(number, len(_COLOURS))
+    shape = _SHAPES[(place + again) % len(_SHAPES)]
+    return {"color": _COLOURS[place], "marker": shape, "linestyle": _STROKES[again % len(_STROKES)]}

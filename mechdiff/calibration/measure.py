@@ -14,21 +14,26 @@ from typing import Any
 import lightning as L
 import torch
 
+from mechdiff.calibration.cases import GRAFTED
 from mechdiff.calibration.states import CaseStates
 from mechdiff.callbacks import Grafts, Heads, LayerPatch, MappedPatch, Steering
 from mechdiff.callbacks.base import CausalEvaluation
+from mechdiff.callbacks.handle_evaluation import two_engines, two_sides
 from mechdiff.callbacks.head_cases import find_cases
 from mechdiff.callbacks.head_records import LEVEL_P
 from mechdiff.callbacks.head_tables import ROLES, begin, means_of
 from mechdiff.callbacks.head_tables import measure as fill_tables
+from mechdiff.callbacks.states import read_ends
 from mechdiff.config import K_SWEEP
 from mechdiff.data.nothing import NoStates
 from mechdiff.data.prompts import Prompt
 from mechdiff.extraction.extractor import placed_on
 from mechdiff.functional.churn import head_churn, split_halves
 from mechdiff.functional.handles import principal_angles
+from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.permutation import random_signs
 from mechdiff.functional.stats import generator
+from mechdiff.interventions.grafts import graft
 from mechdiff.interventions.sites import Site
 from mechdiff.modules import CLTMap, Divergence, HeadComparison, SteeringSubspace
 from mechdiff.modules.base import DiffModule
@@ -45,10 +50,35 @@ ANSWER_CHARS = 16
 """Longest answer to them."""
 RANKED = 12
 """Heads at the top of a ranking that are kept."""
-GRAFTED = 8
-"""Heads with the largest own change that are grafted."""
 READINGS = 40
 """Draws of labels without a meaning, of one table of heads."""
+
+
+@torch.no_grad()
+def parts(pair: LoadedPair, prompts: Sequence[Prompt], layers: Sequence[int]) -> list[float]:
+    """Measure what each planted block does: what can be found of a difference in several places.
+
+    Its weights go into base, and base's into tuned, and each is read beside itself. This is an experiment on
+    what was planted, known only here; no method under test takes part.
+
+    Args:
+        pair: The models.
+        prompts: What is read.
+        layers: The planted blocks.
+
+    Returns:
+        Nats that the models are moved by, of each block, in the model that it moves more.
+    """
+    sides = two_sides(pair, prompts, two_engines(pair))
+    clean = [read_ends(side, []).log_p for side in sides]
+    found = []
+    for layer in layers:
+        moved = []
+        for own, other, before in zip(sides, sides[::-1], clean, strict=True):
+            with graft(own.loaded.model, other.loaded.model, f"block.{layer}", None):
+                moved.append(float(kl_divergence(before, read_ends(own, []).log_p).mean()))
+        found.append(max(moved))
+    return found
 
 
 def ask_layers(pair: LoadedPair, prompts: Sequence[Prompt], states: CaseStates, seed: int) -> Found:
@@ -180,7 +210,7 @@ def ask_nothing(pair: LoadedPair, prompts: Sequence[Prompt], kind: str, seed: in
         fill_tables(cases, tables, means_of(cases), range(len(cases.prompts)), pair)
     base, tuned = (tables.attribution[role, cases.counterfactual] for role in ROLES)
     draws = generator(seed, "readings", kind)
-    family, discovery, above = 0, 0, 0
+    family, discovery, above, heads = 0, 0, 0, 0
     for reading in range(READINGS):
         if kind == "swapped":
             sign = random_signs(1, len(base), draws)[0][:, None].to(base)
@@ -190,8 +220,11 @@ def ask_nothing(pair: LoadedPair, prompts: Sequence[Prompt], kind: str, seed: in
         tested = head_churn(one, other, generator=generator(seed, "test", kind, reading))
         family += bool((tested.p_max <= LEVEL_P).any())
         discovery += bool((tested.p_bh <= LEVEL_P).any())
-        above += bool((tested.bound > tested.floor).any())
-    return {"readings": READINGS, "passed_max": family, "passed_bh": discovery, "above_floor": above}
+        churned = int((tested.bound > tested.floor).sum())
+        above += churned > 0
+        heads += churned
+    counted = {"passed_max": family, "passed_bh": discovery, "above_floor": above, "heads_above": heads}
+    return {"readings": READINGS, **counted, "heads": base.shape[1]}
 
 
 def run(

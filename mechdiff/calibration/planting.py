@@ -66,9 +66,8 @@ def plant(base: LoadedModel, case: Case, prompts: Sequence[Prompt], seed: int) -
     if kind == "vocabulary":
         return plant_vocabulary(base, seed=own)
     if kind == "policy":
-        planted = plant_policy(
-            base, blocks[0], _by_topic(prompts, case.rank), strength, _texts(prompts, "neutral"), own
-        )
+        topics, neutral = _by_topic(prompts, case.rank), _texts(prompts, "neutral")
+        planted = plant_policy(base, blocks[0], topics, strength, neutral, own, even=True)
     elif kind == "relay":
         write, read = _apart(blocks, base.depth)
         planted = plant_relay(

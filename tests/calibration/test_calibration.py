@@ -14,19 +14,24 @@ import torch
 from mechdiff.calibration import run as running
 from mechdiff.calibration.cases import NULLS, QUESTIONS, TUNING_SEED, Case, grid
 from mechdiff.calibration.cells import read_calibration
+from mechdiff.calibration.measure import parts
 from mechdiff.calibration.planting import case_prompts, plant
 from mechdiff.calibration.run import finished, read_lines, run_cases
-from mechdiff.calibration.score import PROPOSE, table
-from mechdiff.calibration.table import write_table
+from mechdiff.calibration.score import ANY, PROPOSE, mattering, table
+from mechdiff.calibration.table import _provenance, write_table
+from mechdiff.callbacks.handle_evaluation import two_engines, two_sides
+from mechdiff.callbacks.states import read_ends
 from mechdiff.commands.calibrate import TABLE_SEED, _leave, main
 from mechdiff.errors import ConfigError
+from mechdiff.functional.metrics import kl_divergence
+from mechdiff.pairs.organisms import plant_weights, planted_pair
 from tests.toys import loaded
 
 SEED = 5
 OBVIOUS = [
     Case("policy_1", 1.0, 8, 0),
-    Case("policy_2", 1.0, 8, 0),
     Case("policy_2", 1.0, 8, 1),
+    Case("policy_2", 1.0, 8, 3),  # of the draws between, one direction does nine tenths in so small a model
     Case("block", 0.1, 8, 0),
     Case("spread", 0.1, 8, 0),
     Case("relay", 1.0, 8, 0),
@@ -85,7 +90,9 @@ def test_what_is_no_difference_stays_silent(calibrated):
     cells = [c for c in cells_of(lines, quantity="false_positives") if c["kind"] in NULLS]
     assert {(c["kind"], c["question"]) for c in cells} == asked
     for cell in cells:
-        if cell["kind"] in ("swapped", "halves"):  # tests at the level 0.05, many draws of them
+        if cell["method"].startswith(ANY):
+            assert cell["target"] is None
+        elif cell["kind"] in ("swapped", "halves"):  # tests at the level 0.05, many draws of them
             assert cell["low"] <= 0.05, cell
         elif cell["method"] not in PROPOSE:
             assert cell["successes"] == 0, cell
@@ -110,6 +117,47 @@ def test_a_wrong_answer_counts_as_one(calibrated):
     assert cells_of(lines, quantity="heads_first", method="graft")[0]["estimate"] == 1
 
 
+def test_what_a_block_does_by_itself_is_measured():
+    base = base_model()
+    tuned, _ = plant_weights(base, ["block.1", "block.2"], 0.5)
+    texts = [p for p in case_prompts(Case("block", 0.1, 4, 0), SEED) if p.split == "eval"]
+    pair = planted_pair(base, tuned)
+    none, one, other = parts(pair, texts, [0, 1, 2])
+    assert none == 0 < min(one, other)
+    alone = planted_pair(base, plant_weights(base, ["block.1"], 0.5)[0])
+    ends = [read_ends(side, []).log_p for side in two_sides(alone, texts, two_engines(alone))]
+    assert parts(alone, texts, [1])[0] >= float(kl_divergence(*ends).mean()) > 0
+
+
+def test_a_part_that_does_nothing_need_not_be_found(calibrated):
+    (line,) = [line for line in read_lines(calibrated[0]) if line["kind"] == "flip"]
+    line = copy.deepcopy(line)
+    first, *others = line["truth"]["layers"]
+    assert mattering(line)[0] == first
+    line["truth"]["parts"][0] = 0.0
+    assert mattering(line) == others
+    planted = [tuple(head) for head in line["truth"]["heads"]]
+    for method in ("own_change", "graft"):  # the one in the first block is no longer seen
+        line["found"]["rq4"][method] = [r for r in line["found"]["rq4"][method] if tuple(r[:2]) != planted[0]]
+    line["found"]["rq1"]["patch"]["into_tuned"]["onset"] = others[0]
+    for method in ("own_change", "graft"):
+        assert cells_of([line], quantity="heads_first", method=method)[0]["estimate"] == 1
+        assert cells_of([line], quantity="head_recall", method=method)[0]["estimate"] == 1
+    assert cells_of([line], quantity="onset_exact", method="patch")[0]["estimate"] == 1
+    line["found"]["rq4"]["graft"].insert(0, [0, 0, 9.0])
+    assert cells_of([line], quantity="heads_first", method="graft")[0]["estimate"] == 0
+
+
+def test_churn_is_counted_in_heads(calibrated):
+    (line,) = [line for line in read_lines(calibrated[0]) if line["kind"] == "swapped"]
+    line = copy.deepcopy(line)
+    line["found"]["rq4"] |= {"readings": 40, "above_floor": 8, "heads_above": 11, "heads": 20}
+    (share,) = cells_of([line], method="churn_label_swap", kind="swapped")
+    (any_head,) = cells_of([line], method="any head: churn_label_swap", kind="swapped")
+    assert (share["successes"], share["trials"], share["target"]) == (11, 800, 0.05)
+    assert (any_head["successes"], any_head["trials"], any_head["target"]) == (8, 40, None)
+
+
 def test_the_table_depends_on_what_was_found_alone(calibrated, tmp_path):
     lines = read_lines(calibrated[0])
     mixed = random.Random(0).sample(lines, len(lines))
@@ -121,9 +169,18 @@ def test_the_table_depends_on_what_was_found_alone(calibrated, tmp_path):
     body = json.loads(path.read_text())
     assert read_calibration(path.parent).cells == table(lines).cells
     assert "onset within one" in page.read_text(encoding="utf-8")
+    assert body["provenance"]["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert body["provenance"]["seed"] == SEED
     assert body["provenance"]["tuning_seed"] == TUNING_SEED != TABLE_SEED
     assert body["provenance"]["cases"] == len(lines)
+
+
+def test_lines_from_several_machines_are_all_named(calibrated):
+    one, *others = read_lines(calibrated[0])
+    one["software"]["python"] = "3.99"
+    found = _provenance([one, *others], SEED)
+    assert found["python"] == ["3.99", others[0]["software"]["python"]]
+    assert found["packages"] == one["software"]["packages"]
 
 
 def test_what_is_done_is_not_run_again(calibrated, tmp_path):
@@ -133,27 +190,50 @@ def test_what_is_done_is_not_run_again(calibrated, tmp_path):
     def load():
         raise AssertionError("nothing is left to run")
 
-    for share in ((0, 1), (1, 3)):
-        assert run_cases(load, [*OBVIOUS, *SILENT], folder, SEED, share)
+    assert run_cases(load, [*OBVIOUS, *SILENT], folder, SEED)
     assert (folder / running.RAW).read_bytes() == before
     with pytest.raises(ConfigError, match="another seed than 6"):
         run_cases(load, OBVIOUS, folder, 6)
 
 
+def unmeasured(base, case, seed):
+    spent = {"cpu_seconds": 0.0, "seconds": 0.0}
+    where = {"device": "cpu", "seed": seed, "base": "x", "software": {}}
+    return {**case.entry(), "truth": {}, "found": {}, **where, **spent}
+
+
 def test_processes_share_the_cases_and_the_last_one_knows(tmp_path, monkeypatch):
-    cases, run_by = grid(1, prompts=4), []
+    cases, run_by, done = grid(1, prompts=4), [], []
+
+    def run(rank):
+        done.append((rank, run_cases(lambda: base, cases, tmp_path, SEED, rank, lambda _: None)))
 
     def measured(base, case, seed):
         run_by.append(case)
-        spent = {"cpu_seconds": 0.0, "seconds": 0.0}
-        return {**case.entry(), "truth": {}, "found": {}, "device": "cpu", "seed": seed, "base": "x", **spent}
+        if len(run_by) == 1:  # while the first process is at its first case, another comes and goes
+            run(1)
+        return unmeasured(base, case, seed)
 
     monkeypatch.setattr(running, "measure", measured)
     base = base_model()
     monkeypatch.setattr(running, "_check_base", lambda folder, base: None)
-    done = [run_cases(lambda: base, cases, tmp_path, SEED, (i, 3), lambda _: None) for i in range(3)]
-    assert done == [False, False, True]
+    run(0)
+    assert done == [(1, False), (0, True)]
     assert sorted(run_by) == sorted(cases) == sorted(finished(tmp_path, SEED))
+
+
+def test_a_case_that_broke_off_is_run_again(tmp_path, monkeypatch):
+    cases, base = [Case("copy", 0.0, 4, 0)], base_model()
+
+    def broken(base, case, seed):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "measure", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run_cases(lambda: base, cases, tmp_path, SEED, say=lambda _: None)
+    assert not finished(tmp_path, SEED)
+    monkeypatch.setattr(running, "measure", unmeasured)
+    assert run_cases(lambda: base, cases, tmp_path, SEED, say=lambda _: None)
 
 
 def test_seeds_and_draws_are_streams_of_their_own():
@@ -195,7 +275,7 @@ def test_a_grid_that_was_cut_off_is_a_smaller_one():
     assert [c.draw for c in whole if c.kind == "policy_1"] == sorted(
         c.draw for c in whole if c.kind == "policy_1"
     )
-    assert sum(c.kind == "bf16" for c in whole) == 12
+    assert sum(c.kind == "bf16" for c in whole) == 64
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ def pool(spread: float = 0.0) -> Pool:
     common = spread * torch.randn(100, dtype=torch.float64, generator=draws)[family]
     noise = torch.randn(len(COLUMNS), 1200, dtype=torch.float64, generator=draws)
     gap = (0.3 * (common + noise[0])).exp()
-    left = gap * torch.sigmoid(0.3 * noise[1])
+    left, half = (gap * torch.sigmoid(0.3 * x) for x in (noise[1], noise[5]))
     base, tuned = noise[3] > 1, noise[4] > 0
-    columns = dict(zip(COLUMNS, (gap, left, common + noise[2], base, tuned), strict=True))
+    columns = dict(zip(COLUMNS, (gap, left, half, common + noise[2], base, tuned), strict=True))
     return Pool(family, {name: column.double() for name, column in columns.items()})
 
 
@@ -66,6 +66,16 @@ def test_an_interval_that_is_too_narrow_is_caught(monkeypatch: pytest.MonkeyPatc
     (cell,) = coverage(pool(), seed=5, prompts=(24,), trials=200, names=["narrow"])
     assert cell.verdict == "missed"
     assert cell.estimate == pytest.approx(0.68, abs=0.1)  # half as wide: one standard error to either side
+
+
+def test_what_rests_on_few_prompts_is_said() -> None:
+    rare = pool()
+    rare.columns["left"][:] = 1e-3
+    rare.columns["left"][::100] = 10.0
+    found = coverage(rare, seed=7, prompts=(40,), trials=100, names=["recovery of nearly all"])
+    (cell,) = [c for c in found if c.kind == "prompts"]
+    assert cell.verdict == "missed"
+    assert "rests on 0.6% of all prompts" in str(cell.note)
 
 
 def test_the_same_seed_counts_the_same() -> None:
@@ -109,9 +119,14 @@ def test_what_is_changed_above_is_grafted_away() -> None:
     assert found.columns["left"].abs().max() < 1e-6  # the changed block is grafted
     with torch.no_grad():
         tuned.model.model.layers[-1].mlp.down_proj.weight /= 3
+        tuned.model.model.layers[1].mlp.down_proj.weight *= 3
+    found = measure(pair, texts, ["a", "b"])
+    assert found.columns["left"].abs().max() < 1e-6
+    assert torch.allclose(found.columns["half"], found.columns["gap"])  # the changed block is below
+    with torch.no_grad():
         tuned.model.model.layers[0].mlp.down_proj.weight *= 3
     found = measure(pair, texts, ["a", "b"])
-    assert torch.allclose(found.columns["left"], found.columns["gap"])  # the changed block is below
+    assert (found.columns["left"] > 1e-6).all()
     assert set(found.columns["tuned"].tolist()) <= {0.0, 1.0}
 
 

@@ -17,7 +17,14 @@ from mechdiff.calibration.cells import (
     read_calibration,
     write_calibration,
 )
-from mechdiff.calibration.figures import plot_coverage, plot_power, plot_recall
+from mechdiff.calibration.figures import (
+    plot_coverage,
+    plot_power,
+    plot_recall,
+    plot_strength,
+    power_cells,
+    strength_cells,
+)
 from mechdiff.calibration.report import how_many_prompts, write
 from mechdiff.errors import ConfigError
 from tests.calibration.make import PROMPTS, STRENGTHS, calibration
@@ -94,7 +101,7 @@ def test_the_page_holds_every_cell_and_says_what_is_missed(tmp_path: Path) -> No
     assert "Every difference counts with enough prompts." in page
     assert "base: `smol, tiny` · seed: `5` · versions: `torch 2`" in page
     assert "| largest angle | svd | policy | 1 | 40 | 12 | 3.25 [2.5, 4] | degrees |" in page
-    assert page.count("![") == 3
+    assert page.count("![") == 4
     for line in page.splitlines():
         if line.startswith("!["):
             assert (tmp_path / line.split("(")[1].rstrip(")")).is_file()
@@ -110,12 +117,24 @@ def test_a_point_is_a_cell() -> None:
     values = [c.estimate for c in calibration() if c.quantity == "power" and c.strength == 1.0]
     assert any(list(y) == values for y in drawn.values())
     assert len(plot_coverage(calibration()).axes) == 2
-    assert [a.get_title("left") for a in plot_recall(calibration()).axes] == ["rq1: onset within one"]
+    titles = [a.get_title("left").replace("\n", " ") for a in plot_recall(calibration()).axes]
+    assert titles == ["rq1: onset within one, patch", "rq1: onset within one, graft"]
+    (axes,) = plot_strength(calibration()).axes
+    usual = [c.estimate for c in calibration() if c.quantity == "power" and c.prompts == PROMPTS[-1]]
+    assert any(list(line.get_ydata()) == usual for line in axes.lines)
+
+
+def test_a_kind_of_all_ranks_is_not_drawn_beside_each() -> None:
+    about = {"question": "rq3", "quantity": "power", "method": "svd", "strength": 1.0}
+    sizes = [("policy", 8), ("policy_1", 8), ("policy_1", 16), ("policy_2", 8)]
+    cells = [Cell.count(1, 2, kind=kind, prompts=n, **about) for kind, n in sizes]
+    assert [(c.kind, c.prompts) for c in strength_cells(cells)] == [("policy_1", 8), ("policy_2", 8)]
+    assert [(c.kind, c.prompts) for c in power_cells(cells)] == [("policy_1", 8), ("policy_1", 16)]
 
 
 def test_what_is_not_there_is_not_drawn(tmp_path: Path) -> None:
     only = [c for c in calibration() if c.group == "coverage"]
-    for plot in (plot_power, plot_recall):
+    for plot in (plot_power, plot_recall, plot_strength):
         with pytest.raises(ConfigError, match="nothing to draw"):
             plot(only)
     write_calibration(Calibration(only), tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mechdiff.callbacks.graded import refusing
+from mechdiff.callbacks.layer_curve import entry
 from mechdiff.callbacks.layer_patch import LayerPatch
 from mechdiff.callbacks.layer_patcher import CONTROLS, wrong_site
 from mechdiff.callbacks.patcher import Side
@@ -19,7 +20,7 @@ from mechdiff.interventions.suffix import SuffixEngine, run_logits
 from mechdiff.modules import Divergence
 from mechdiff.pairs.alignment import encode
 from mechdiff.pairs.organisms import plant_null, plant_weights
-from mechdiff.results import Results
+from mechdiff.results import Record, Results
 from tests.callbacks.pairs import pair, prompts
 from tests.toys import SYSTEM, loaded
 from tests.workspace import OPENINGS
@@ -424,3 +425,21 @@ def test_the_wrong_site_is_far():
     assert wrong_site(sites, Site(0)) == Site(2)
     assert wrong_site(sites, Site(4)) == Site(1)
     assert wrong_site(sites[:1], Site(0)) == Site(0)
+
+
+def test_parts_that_cancel_do_not_hide_the_first():
+    """Undoing the first of them restores nothing, and moves the model."""
+
+    def records(quantity, lows):
+        about = {"question": "rq1", "unit": "fraction", "split": "dev", "positions": "last"}
+        return [
+            Record(quantity=quantity, value=low + 0.1, low=low, high=low + 0.2, n=8, site=site, **about)
+            for site, low in zip(ALL, lows, strict=True)
+        ]
+
+    about = {"question": "rq1", "split": "dev", "positions": "last", "params": {"direction": "into_tuned"}}
+    curve, moves = records("patch_recovery", [0, -0.5, -0.2, 0.6]), records("patch_kl", [0, 0.4, 0.3, 0.4])
+    still = records("patch_kl", [0, 0, 0, 0])
+    assert entry(curve, moves, 0.05, about).value == 1
+    assert entry(curve, still, 0.05, about).value == 3
+    assert entry(still, still, 0.05, about).reason == "below_floor"

@@ -154,6 +154,27 @@ def test_a_policy_writes_its_directions_and_nothing_else(base, rank):
     assert truth.rank == rank
 
 
+def test_even_topics_move_the_next_token_equally_far(base):
+    def next_tokens(model, text):
+        ids = torch.tensor([encode(model.tokenizer, text).input_ids])
+        with torch.no_grad():
+            return model.model(ids).logits[0, -1].log_softmax(-1)
+
+    def moved(tuned):
+        pairs = [[(next_tokens(base, t), next_tokens(tuned, t)) for t in topic] for topic in TOPICS]
+        return torch.tensor([sum(float((p.exp() * (p - q)).sum()) for p, q in topic) for topic in pairs])
+
+    plain, even = (plant_policy(base, 1, TOPICS, 0.5, NEUTRAL, even=even) for even in (False, True))
+    before, after = (moved(tuned) for tuned, _ in (plain, even))
+    assert before.max() > 1.3 * before.min()
+    assert after.max() < 1.1 * after.min()
+    assert torch.equal(plain[1].directions, even[1].directions)
+    old = base.model.model.layers[1].mlp.down_proj.weight
+    changes = [tuned.model.model.layers[1].mlp.down_proj.weight - old for tuned, _ in (plain, even)]
+    lengths = [float((even[1].directions.double() @ change).norm()) for change in changes]
+    assert lengths[1] == pytest.approx(lengths[0], rel=0.3)  # together as long; detectors differ in length
+
+
 def head_outputs(loaded, layer):
     """Return what the heads of a layer add for the same tokens, `(2, 9, heads, d)`."""
     ids, site = (

@@ -4,6 +4,9 @@
    direction times detector. A detector is the ridge solution that reads 1 at the last token of its topic's
    messages and 0 at all others, so at that block tuned minus base lies in the span of the directions, at
    every token. On messages that it was not given it reads nearly so: more neutral ones make it sharper.
+   Directions of one length differ in what they do by an order of magnitude, and one that does a tenth of what
+   the others do is not among those that carry nine tenths of the difference. With ``even`` their lengths are
+   set so that every topic moves the next token equally far: of r directions, k < r then reach k/r.
 2. `plant_relay` makes a block write one direction, and a later one act on it: the first matrices of its MLP
    read the direction. Neither block does much without the other.
 """
@@ -20,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mechdiff.config import SEED
 from mechdiff.errors import PairError
+from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import generator
 from mechdiff.interventions.grafts import component_modules
 from mechdiff.interventions.hooks import record, stop_after
@@ -32,6 +36,12 @@ RIDGE = 1e-5
 """Penalty of a detector, relative to the mean squared length of an input."""
 OTHER_TOKENS = 0.03
 """Weight in that fit of a token that is not the last: a narrow MLP cannot tell all of them apart."""
+EVENING = 3
+"""Times that lengths are corrected: nats grow with the square of a small length, slower with a large one."""
+EVENED_ON = 12
+"""Messages of each topic on which they are, the first ones."""
+MOST = 4.0
+"""Largest factor of one correction."""
 
 
 def plant_policy(
@@ -41,6 +51,7 @@ def plant_policy(
     strength: float = 1.0,
     neutral: Sequence[str] = (),
     seed: int = SEED,
+    even: bool = False,
 ) -> Planted:
     """Make one block write a direction of its own for each topic.
 
@@ -49,9 +60,11 @@ def plant_policy(
         layer: The block.
         topics: User messages of each topic; their number is the rank.
         strength: Length of what is written at the last token of a message on a topic, over the median norm of
-            the residual there.
+            the residual there; root mean square over topics.
         neutral: Messages on which nothing should be written.
         seed: Seed of the directions.
+        even: Give topics that move the next token little a longer direction, instead of one of the same
+            length.
 
     Raises:
         PairError: If there is no topic or no message, more topics than dimensions, the strength is not
@@ -69,7 +82,7 @@ def plant_policy(
     )
     directions = torch.linalg.qr(draws).Q
     model = copy_model(base.model)
-    name = _write(base, model, layer, topics, neutral, strength, directions)
+    name = _write(base, model, layer, topics, neutral, strength, directions, even)
     truth = Truth(
         "policy",
         seed,
@@ -165,6 +178,7 @@ def _write(
     neutral: Sequence[str],
     strength: float,
     directions: Tensor,
+    even: bool = False,
 ) -> str:
     """Make a block write one of some directions, `(d_model, topics)`, per topic; return the edited map."""
     name, last = _map(model, layer, base.width)
@@ -174,8 +188,33 @@ def _write(
     for row, (topic, _) in zip(seen.last, texts, strict=True):
         wanted[row] = torch.arange(len(topics)) == topic
     detectors = _detectors(seen.states, seen.last, wanted)
-    _add(last, strength * seen.residuals.norm(dim=-1).median() * directions @ detectors.T)
+    written = strength * seen.residuals.norm(dim=-1).median() * directions
+    _add(last, written @ detectors.T)
+    if even and len(topics) > 1:
+        few = [group[:EVENED_ON] for group in topics]
+        clean = [_next_tokens(base, base.model, group) for group in few]
+        for _ in range(EVENING):
+            moved = torch.stack(
+                [
+                    kl_divergence(before, _next_tokens(base, model, group)).mean()
+                    for before, group in zip(clean, few, strict=True)
+                ]
+            )
+            evened = written * (moved.mean() / moved).sqrt().clamp(1 / MOST, MOST)
+            evened *= written.norm() / evened.norm()
+            _add(last, (evened - written) @ detectors.T)
+            written = evened
     return name
+
+
+@torch.no_grad()
+def _next_tokens(base: LoadedModel, model: PreTrainedModel, texts: Sequence[str]) -> Tensor:
+    """Return log-probabilities of the token after each message, `(messages, vocabulary)`, on the CPU."""
+    rows = []
+    for text in texts:
+        ids = torch.tensor([encode(base.tokenizer, text).input_ids], device=model.device)
+        rows.append(model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1])
+    return torch.stack(rows).double().cpu().log_softmax(-1)
 
 
 def _detectors(inputs: Tensor, last: Sequence[int], wanted: Tensor) -> Tensor:
