@@ -33,7 +33,6 @@ SWEEP = {
     "graded_prompts": 2,
     "generated_prompts": 2,
     "draws": 2,
-    "random_dev": 2,
     "random_eval": 2,
 }
 """A short sweep over edits, which reads as many prompts however many there are."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mechdiff.functional.answers import parse_number
-from mechdiff.functional.metrics import log_total, refusal_score
+from mechdiff.functional.metrics import refusal_score, token_logprobs
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import bootstrap_ratio
 from mechdiff.interventions.generation import Reach
@@ -118,8 +118,7 @@ def _batch_nats(
     acting = nullcontext() if edits is None else intervene(model, edits(batch, where.to(device)))
     with acting:
         logits = run_logits(model, tokens.to(device), mask.to(device), columns.to(device))
-    picked = logits.gather(-1, follow.to(device)[..., None])[..., 0] - log_total(logits)
-    return -torch.where(counts, picked.double().cpu(), 0.0).sum(1)
+    return -torch.where(counts, token_logprobs(logits, follow).double().cpu(), 0.0).sum(1)
 
 
 def fluency_record(after: Tensor, before: Tensor, draws: torch.Generator, about: dict[str, Any]) -> Record:

@@ -35,7 +35,7 @@ from mechdiff.callbacks.side_effects import (
     turned_record,
 )
 from mechdiff.errors import PromptError
-from mechdiff.functional.metrics import log_total
+from mechdiff.functional.metrics import token_logprobs
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.functional.stats import bootstrap_ratio, generator
 from mechdiff.interventions.generation import stop_tokens
@@ -160,7 +160,8 @@ class Neutral:
                 prefix=self.mine.prefixes[self.kept[row]],
                 logits_at=at,
             )
-            nats.append(_nats(logits, read.answer))
+            follow = read.answer.expand(len(logits), -1)
+            nats.append(-token_logprobs(logits[:, :m], follow).double().sum(1).cpu())
             best = logits.argmax(-1)
             alike = best[:, :m] == read.answer
             if len(read.tokens) > m:
@@ -345,10 +346,3 @@ def _lower(left: dict[Any, list[Handle]], key: Any) -> None:
     left[key] = [c for c in others if c.alpha < cell.alpha]
     if not left[key]:
         del left[key]
-
-
-def _nats(logits: Tensor, answer: Tensor) -> Tensor:
-    """Return how improbable an answer is under logits `(rows, T, vocabulary)`, float64, `(rows,)`."""
-    logits = logits[:, : len(answer)]
-    picked = logits.gather(-1, answer.to(logits.device).expand(len(logits), -1)[..., None])[..., 0]
-    return -(picked - log_total(logits)).double().sum(1).cpu()

@@ -64,7 +64,6 @@ MASKINGS = (False, True)
 DRAWS = 20
 """Fewest random subspaces that have a 95th percentile; from `ENOUGH` on an effect may be claimed."""
 
-
 Arm = tuple[str, str]  # what the handle was fitted on, edit
 
 
@@ -190,8 +189,7 @@ class Transfer(HandleEvaluation):
             for arm, nats in nats_of.items():
                 about = self._about(site, arm, where, fits[site], metric="recovery", masking=True)
                 column = torch.tensor(nats, dtype=torch.float64)
-                claim = () if self.draws >= ENOUGH else ("no_random_control",)
-                about["flags"] = (*about["flags"], *flags, *claim)
+                about["flags"] += flags if self.draws >= ENOUGH else (*flags, "no_random_control")
                 yield self.ratio(column, gap, floor, "transfer_effect", **about)
                 self._keep(site, arm, where, [kept[i].id for i in able], "transfer_kl", nats)
             for edit in self.edits if fits[site] else ():
@@ -212,8 +210,8 @@ class Transfer(HandleEvaluation):
         bases = self.drawn[site][:, : self.handles[edit].k].to(own.device)
         change = torch.stack([interchange(own, donor, basis, 1.0) - own for basis in bases])
         hidden = own + length * torch.nn.functional.normalize(change, dim=-1)
-        reference = tuned.log_p[index].to(hidden.device)
-        return kl_from_logits(reference, self._log_p(base, index, site, hidden)).cpu()
+        log_p = self._log_p(base, index, site, hidden)
+        return kl_from_logits(tuned.log_p[index].to(log_p.device), log_p).cpu()
 
     def _range(
         self,
@@ -242,8 +240,7 @@ class Transfer(HandleEvaluation):
         """Return KL(tuned ‖ edited base) in nats by arm; the first is base's own divergence from itself."""
         states = self._edited(base, tuned, index, site, fits)
         log_p = self._log_p(base, index, site, torch.stack(list(states.values())))
-        reference = tuned.log_p[index].to(log_p.device)
-        nats = kl_divergence(reference.expand_as(log_p), log_p).tolist()
+        nats = kl_divergence(tuned.log_p[index].to(log_p.device).expand_as(log_p), log_p).tolist()
         found: dict[Arm, float] = dict(zip(states, nats, strict=True))
         found[_OWN] = kl_divergence(base.log_p[index], log_p[0]).item()
         return found

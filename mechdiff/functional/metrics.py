@@ -93,6 +93,22 @@ def log_total(logits: Tensor, allowed: Tensor | None = None) -> Tensor:
     return torch.cat(found).reshape(logits.shape[:-1])
 
 
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the log-probabilities of given tokens.
+
+    Args:
+        logits: `(..., vocabulary)`.
+        ids: `(...)`.
+
+    Returns:
+        Nats, `(...)`, float32 or the type of the logits if that is wider.
+
+    >>> token_logprobs(torch.tensor([[0.25, 0.75]]).log() + 3, torch.tensor([1])).exp().round(decimals=4)
+    tensor([0.7500])
+    """
+    return logits.gather(-1, ids.to(logits.device)[..., None])[..., 0] - log_total(logits)
+
+
 def recovery(kl_patched: Tensor, kl_unpatched: Tensor) -> Tensor:
     """Compute the share of a divergence that a patch removes, as a ratio of means over prompts.
 

@@ -76,8 +76,9 @@ def test_a_command_is_understood(words: list[str], place: Path) -> None:
         shown = [] if any(word.startswith("--model.help") for word in rest) else ["--print_config"]
         assert run(SCRIPTS[rest[0]], *rest[1:], *shown) == 0
     elif first == "python":
-        module = rest[1].replace(".", "/") + ".py" if rest[0] == "-m" else rest[0]
-        assert (ROOT / module).is_file() or (place / module).is_file()
+        name = rest[1].replace(".", "/") if rest[0] == "-m" else rest[0].removesuffix(".py")
+        files = [f"{name}.py", f"{name}/__main__.py"]
+        assert any((folder / file).is_file() for folder in (ROOT, place) for file in files)
     elif first == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.M)
     elif first == "mechdiff":

@@ -57,7 +57,7 @@ FEW: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """What little is measured here, by the beginning of a configuration's name."""
-MOST, MOST_PICTURE = 150_000, 60_000
+MOST, MOST_PICTURE = 200_000, 60_000
 """Bytes of a stored notebook, and of a figure in it."""
 
 
