@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mechdiff.errors import FitError
+from mechdiff.functional import hsic
 from mechdiff.functional.cka import cka_contrast, cka_from_sums, cka_jackknife, linear_cka, standardize
 from mechdiff.functional.moments import Moments
 from mechdiff.functional.stats import generator, jackknife
@@ -69,6 +70,24 @@ def test_gram_form_is_feature_form(debiased):
             linear_cka(x, y, debiased=debiased, groups=groups, form=f) for f in ("gram", "feature")
         )
         assert gram.item() == pytest.approx(feature.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("form", ["gram", "feature"])
+def test_rows_may_be_taken_some_at_a_time(grouped, debiased, form, monkeypatch):
+    x, y, groups = grouped
+    whole = cka_jackknife(x, y, debiased=debiased, groups=groups, form=form)
+    monkeypatch.setattr(hsic, "_BLOCK", 4)
+    assert len(x) > 3 * 4
+    assert cka_jackknife(x, y, debiased=debiased, groups=groups, form=form) == pytest.approx(whole, abs=1e-12)
+
+
+def test_the_callers_states_are_left_as_they_are():
+    x, y = gaussian(20, 8) + 1, gaussian(20, 8, name="y") + 1
+    before = x.clone(), y.clone()
+    cka_jackknife(x, y)
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
 
 
 def test_sums_give_the_value_of_the_rows():

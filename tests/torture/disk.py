@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import subprocess
 import sys
@@ -50,30 +51,35 @@ def fill(path: Path) -> None:
             return
 
 
-def trial(pair: Path, folder: Path, moment: float, wanted: object) -> str:
-    """Return what went wrong when a disk filled up after some seconds, or else how the run ended."""
+def trial(pair: Path, folder: Path, moment: float, wanted: object) -> tuple[str, float]:
+    """Fill a disk after some seconds of a run.
+
+    Returns:
+        What went wrong, or else how the run ended; and how long it took, if it was over by then.
+    """
     log = folder.with_suffix(".txt")
     with disk(folder):
         run = folder / "run"
         run.mkdir()
+        start = time.monotonic()
         processes = Processes(partial(_fit, pair), run, 1, log)
-        processes.wait(moment)
+        took = time.monotonic() - start if processes.wait(moment) else math.inf
         fill(folder / "filler")
         if not processes.wait(PATIENCE):
             processes.kill(processes.running())
-            return "hangs"
+            return "hangs", took
         (code,) = processes.codes.values()
         said = log.read_text()
         (folder / "filler").unlink()
         lines = [line for line in said.splitlines() if line.startswith("mechdiff: ")]
         if code not in (0, 2) or (code == 2 and len(lines) != 1) or "Traceback" in said:
-            return f"exit code {code}: {said[-3000:]}"
+            return f"exit code {code}: {said[-3000:]}", took
         if bad := _bad_runs(run):
-            return f"half written: {bad}"
+            return f"half written: {bad}", took
         again = Processes(partial(_fit, pair), run, 1, log)
         if not again.wait(PATIENCE) or any(again.codes.values()) or _fitted(run) != wanted:
-            return f"differs afterwards: {log.read_text()[-2000:]}"
-    return "refused" if code else "finished"
+            return f"differs afterwards: {log.read_text()[-2000:]}", took
+    return "refused" if code else "finished", took
 
 
 def main() -> int:
@@ -95,7 +101,8 @@ def main() -> int:
         assert processes.wait(PATIENCE)
         length, wanted = time.monotonic() - start, _fitted(whole)
         for number in range(given.trials):
-            end = trial(pair, Path(scratch) / str(number), draws.uniform(0, length), wanted)
+            end, took = trial(pair, Path(scratch) / str(number), draws.uniform(0, length), wanted)
+            length = min(length, took)  # the machine may have less to do by now
             kind = end if end in ("refused", "finished") else "failed"
             ends[kind] = ends.get(kind, 0) + 1
             print(end, flush=True)
