@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec
 
@@ -40,7 +42,8 @@ def in_one_line(verb: Callable[P, int]) -> Callable[P, int]:
     @wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            return verb(*args, **kwargs)
+            with _told_by_the_first_thread():
+                return verb(*args, **kwargs)
         except UsageError as error:
             said, code = str(error), REFUSED
         except OSError as error:
@@ -60,6 +63,30 @@ def in_one_line(verb: Callable[P, int]) -> Callable[P, int]:
         return code
 
     return run
+
+
+@contextmanager
+def _told_by_the_first_thread() -> Iterator[None]:
+    """Print no traceback of a thread that cannot write and keeps the error for whoever uses it next.
+
+    The writer of TensorBoard is one: the first thread gets the same error when it writes more, or flushes.
+    """
+
+    def kept(thread: threading.Thread | None) -> bool:
+        error = getattr(thread, "exception", None)
+        return isinstance(error, OSError) and blocked(error) is not None
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not kept(args.thread):
+            before(args)
+
+    before, threading.excepthook = threading.excepthook, hook
+    try:
+        yield
+    finally:
+        for thread in filter(kept, threading.enumerate()):
+            thread.join(1.0)
+        threading.excepthook = before
 
 
 class UsageError(ValueError):

@@ -2,10 +2,14 @@
 
 import errno
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
 
 from mechdiff.checkpoints import WholeFiles
 from mechdiff.errors import INTERRUPTED, REFUSED, ConfigError, in_one_line
@@ -76,6 +80,50 @@ def test_what_is_no_fault_of_the_place_is_not_hidden(tmp_path: Path) -> None:
 
     with pytest.raises(FileNotFoundError):
         in_one_line(verb)()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_what_tensorboard_cannot_write_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], later: bool
+) -> None:
+    """Its thread fails, which alone would be a traceback."""
+    seen: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    writer = SummaryWriter(str(tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def verb() -> int:
+        monkeypatch.setattr(RecordWriter, "write", full)
+        writer.add_scalar("x", 1.0)
+        if later:
+            time.sleep(0.2)
+        writer.flush()
+        return 0
+
+    assert in_one_line(verb)() == REFUSED
+    assert capsys.readouterr().err == "mechdiff: cannot write or read: No space left on device\n"
+    assert not seen
+    assert threading.excepthook == seen.append
+
+
+def test_other_faults_of_threads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+
+    def verb() -> int:
+        for error in (ValueError("x"), OSError(errno.ENOSPC, "no room, and nobody else knows")):
+            thread = threading.Thread(target=raises, args=[error])
+            thread.start()
+            thread.join()
+        return 0
+
+    def raises(error: Exception) -> None:
+        raise error
+
+    assert in_one_line(verb)() == 0
+    assert [args.exc_type for args in seen] == [ValueError, OSError]
 
 
 def test_an_interrupt_and_a_mistake_have_their_codes(capsys: pytest.CaptureFixture[str]) -> None:
