@@ -238,3 +238,20 @@ def handed_on(records: Iterable[Record]) -> list[Record]:
     disagree = any(DISAGREE in r.flags for r in chosen)
     wanted = ENTERS if disagree and any(r.params.get("by") == ENTERS for r in chosen) else PROPOSES
     return sorted((r for r in chosen if r.params.get("by") == wanted), key=lambda r: r.value or 0)
+
+
+def is_own(record: Record) -> bool:
+    """Whether a record is of a chosen handle as it is: not under a gate, and not fitted on one language."""
+    return not {"gate", "fitted_on"} & record.params.keys()
+
+
+def apart(one: Record, other: Record) -> bool | None:
+    """Whether two intervals have nothing in common; None where an end is missing.
+
+    Args:
+        one: A number with its interval.
+        other: Another one.
+    """
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return None
+    return one.low > other.high or other.low > one.high

@@ -66,11 +66,10 @@ def graded(
     """
     openings = read_openings(Path(pair.spec.openings)) if pair.spec.openings else {}
     few = set(spread([p for p in targets.prompts if grades(p, openings)], most))
-    said = voices(pair)
+    said, sites = voices(pair), {cell.site for cell in cells}
     rows: dict[tuple[str, Handle], list[tuple[str, float, float, float, float]]] = defaultdict(list)
     for index, prompt in enumerate(targets.prompts):
         for found in grades(prompt, openings) if prompt in few else ():
-            sites = {cell.site for cell in cells}
             base, tuned = (
                 Reading(said[side.loaded.role], side, index, found, sites)
                 for side in (targets.base, targets.tuned)

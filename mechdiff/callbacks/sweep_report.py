@@ -19,7 +19,7 @@ from mechdiff.functional.handles import minimal_k
 from mechdiff.functional.proportions import binomial_interval
 from mechdiff.interventions.sites import Site
 from mechdiff.modules.base import estimated, missing
-from mechdiff.results import Record
+from mechdiff.results import Record, apart
 
 INTO_BASE = ("interchange", "mapped", "amplify", "add")
 EDITS = (*INTO_BASE, *INTO_TUNED)
@@ -231,7 +231,7 @@ class SweepReport(HandleEvaluation):
         for metric, cell, moved, cut in generated:
             record = self._moved(cell, metric, moved, ANSWER)
             flags = list(record.flags)
-            if any(_apart(record, other) for other in by_cell.get(cell, ())):
+            if any(apart(record, other) for other in by_cell.get(cell, ())):
                 flags.append("disagrees_with_graded")
             if cut:
                 flags.append("cut_answers")
@@ -256,11 +256,3 @@ def smallest(cells: Sequence[Handle], arms: Arms) -> Iterator[Handle]:
     for kind, threshold in product(dict.fromkeys(c.kind for c in cells), THRESHOLDS.values()):
         if able := [c for c in cells if c.kind == kind and effects[c] >= threshold]:
             yield min(able, key=lambda c: c.k)
-
-
-def _apart(one: Record, other: Record) -> bool:
-    """Tell whether two intervals have nothing in common."""
-    ends = (one.low, one.high, other.low, other.high)
-    if any(end is None for end in ends):
-        return False
-    return bool(one.low > other.high or other.low > one.high)  # type: ignore[operator]

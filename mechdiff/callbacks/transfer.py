@@ -178,10 +178,13 @@ class Transfer(HandleEvaluation):
         random: dict[tuple[Site, str], list[Tensor]] = defaultdict(list)
         for index in self.track(able, f"transfer to {where['lang']}"):
             for site, arms in fits.items():
-                for arm, kl in self._next_token(base, tuned, index, site, arms).items():
+                states = self._edited(base, tuned, index, site, arms)
+                for arm, kl in self._next_token(base, tuned, index, site, states).items():
                     columns[site][arm].append(kl)
                 for edit in self.edits if arms else ():
-                    random[site, edit].append(self._random(base, tuned, index, site, arms, edit))
+                    name = ALL if ALL in arms else next(iter(arms))
+                    length = (states[name, edit] - states[_OWN]).norm()
+                    random[site, edit].append(self._random(base, tuned, index, site, edit, length))
         gap = torch.stack([kl_divergence(tuned.log_p[i], base.log_p[i]) for i in able])
         flags = ("unaligned_prompts",) if len(able) < len(kept) else ()
         for site, nats_of in columns.items():
@@ -198,15 +201,10 @@ class Transfer(HandleEvaluation):
         few = set(spread([kept[i] for i in able if grades(kept[i], openings)], self.graded_prompts))
         yield from self._behaviour({"base": base, "tuned": tuned}, kept, few, fits, where, openings)
 
-    def _random(
-        self, base: Side, tuned: Side, index: int, site: Site, fits: Mapping[str, Fit], edit: str
-    ) -> Tensor:
-        """Return KL(tuned ‖ edited base) in nats for every random subspace, `(draws,)`."""
+    def _random(self, base: Side, tuned: Side, index: int, site: Site, edit: str, length: Tensor) -> Tensor:
+        """Return KL(tuned ‖ edited base) in nats for random subspaces, in edits of one length, `(draws,)`."""
         own = base.states[index][site][-1]
         donor = tuned.states[index][site][-1].to(own)
-        name = ALL if ALL in fits else next(iter(fits))
-        whole = self._edited(base, tuned, index, site, {name: fits[name]})
-        length = (whole[name, edit] - own).norm()
         bases = self.drawn[site][:, : self.handles[edit].k].to(own.device)
         change = torch.stack([interchange(own, donor, basis, 1.0) - own for basis in bases])
         hidden = own + length * torch.nn.functional.normalize(change, dim=-1)
@@ -235,10 +233,9 @@ class Transfer(HandleEvaluation):
         return Record(quantity="transfer_effect", value=middle, **about)
 
     def _next_token(
-        self, base: Side, tuned: Side, index: int, site: Site, fits: Mapping[str, Fit]
+        self, base: Side, tuned: Side, index: int, site: Site, states: Mapping[Arm, Tensor]
     ) -> dict[Arm, float]:
         """Return KL(tuned ‖ edited base) in nats by arm; the first is base's own divergence from itself."""
-        states = self._edited(base, tuned, index, site, fits)
         log_p = self._log_p(base, index, site, torch.stack(list(states.values())))
         nats = kl_divergence(tuned.log_p[index].to(log_p.device).expand_as(log_p), log_p).tolist()
         found: dict[Arm, float] = dict(zip(states, nats, strict=True))

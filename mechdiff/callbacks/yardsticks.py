@@ -52,7 +52,7 @@ from mechdiff.interventions.suffix import SuffixEngine, run_logits
 from mechdiff.modules.base import DiffModule, missing
 from mechdiff.pairs.alignment import EncodedPrompt, encode
 from mechdiff.pairs.loading import LoadedModel, LoadedPair
-from mechdiff.results import Record
+from mechdiff.results import Record, is_own
 
 LAMBDAS = (0.1, 0.25, 0.5, 1.0)
 _NOISE_PROMPTS = 4
@@ -213,7 +213,7 @@ def _prices(earlier: Sequence[Record]) -> Iterator[Record]:
             continue
         for r in earlier:
             same = (r.site, r.params.get("edit"), r.params.get("k")) == (handle.site, edit, int(handle.value))
-            whole = r.quantity == "side_effect_bpb" and r.split == "eval" and "gate" not in r.params
+            whole = r.quantity == "side_effect_bpb" and r.split == "eval" and is_own(r)
             if whole and same and r.value is not None:
                 yield r
 

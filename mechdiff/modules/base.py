@@ -49,6 +49,20 @@ class DiffModule(LightningModule):
     sources: list[str]
     positions: list[str]
 
+    def alone(self, what: str, hint: str = "") -> None:
+        """Refuse several processes, each of which would see a part of the rows.
+
+        Args:
+            what: What takes one process.
+            hint: What to do instead.
+
+        Raises:
+            FitError: If there is more than one.
+        """
+        if self.trainer.world_size > 1:
+            got = f"trainer.devices gives {self.trainer.world_size} processes"
+            raise FitError(f"{got}; allowed {what}: 1{hint}")
+
     @property
     @abstractmethod
     def fitted(self) -> bool:

@@ -98,9 +98,7 @@ class CLTMap(AffineMaps):
             FitError: If there is more than one.
         """
         super().setup(stage)
-        if self.trainer.world_size > 1:
-            got = f"trainer.devices gives {self.trainer.world_size} processes"
-            raise FitError(f"{got}; allowed for a closed form: 1 (extract ahead with `mechdiff extract`)")
+        self.alone("for a closed form", " (extract ahead with `mechdiff extract`)")
 
     def configure_optimizers(self) -> None:
         """Have no optimizer: the maps are solved for."""

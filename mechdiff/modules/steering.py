@@ -91,9 +91,7 @@ class SteeringSubspace(Subspaces):
         Raises:
             FitError: If there is more than one.
         """
-        if self.trainer.world_size > 1:
-            got = f"trainer.devices gives {self.trainer.world_size} processes"
-            raise FitError(f"{got}; allowed for a subspace: 1 (extract ahead with `mechdiff extract`)")
+        self.alone("for a subspace", " (extract ahead with `mechdiff extract`)")
 
     def configure_optimizers(self) -> Any:
         """Have no optimizer: the subspaces are solved for."""

@@ -126,9 +126,8 @@ class SteeringSubspaceSGD(SteeringSubspace):
         """
         if stage != "fit":
             super().setup(stage)
-        elif self.loss == "causal" and self.trainer.world_size > 1:
-            got = f"trainer.devices gives {self.trainer.world_size} processes"
-            raise FitError(f"{got}; allowed with model.loss causal: 1")
+        elif self.loss == "causal":
+            self.alone("with model.loss causal")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam; without decay, which would shrink the signs that the reflections are kept with."""

@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator
 from mechdiff.errors import ConfigError
 from mechdiff.reporting.divergence import DPI, WIDTH, caption, finish
 from mechdiff.reporting.panels import GREY, STYLE
-from mechdiff.results import Record, Results
+from mechdiff.results import Record, Results, is_own
 
 EDITS = {
     "interchange": ("#0072B2", "o", "interchange: tuned's state within the subspace"),
@@ -162,7 +162,7 @@ def _main(results: Results, quantity: str, split: str) -> list[Record]:
     found = [
         r
         for r in results.select(question="rq3", quantity=quantity, control="none", split=split)
-        if r.params.get("edit") in EDITS and r.params.get("k") is not None and "gate" not in r.params
+        if r.params.get("edit") in EDITS and r.params.get("k") is not None and is_own(r)
     ]
     solvers = [r.params.get("solver") for r in found if r.params["edit"] == "interchange"]
     own = max(dict.fromkeys(solvers), key=solvers.count, default=None)

@@ -10,7 +10,7 @@ from mechdiff.reporting.cells import counts, find, layer, pair_name, positions_o
 from mechdiff.reporting.divergence import DIRECTIONS, MODELS, curve
 from mechdiff.reporting.head_churn import ONE_SIBLING, label_of, rules_of
 from mechdiff.reporting.steering import handle_site
-from mechdiff.results import Record, Results
+from mechdiff.results import Record, Results, is_own
 
 HEAD_NUMBERS = {
     "topk_overlap": "overlap of the highest heads",
@@ -137,11 +137,7 @@ def handle_table(results: Results) -> Table:
     headings = ("recovery", "behaviour", "costs: bits\nper byte (%)", "answers that\nturn (pp)", "away")
     for heading in headings:
         table.add_column(heading, justify="right")
-    here = [
-        r
-        for r in results.select(question="rq3", site=site, split="eval", control="none")
-        if not {"gate", "fitted_on"} & r.params.keys()  # a handle under a gate, or fitted on one language
-    ]
+    here = [r for r in results.select(question="rq3", site=site, split="eval", control="none") if is_own(r)]
     cells: dict[tuple[str, int], dict[str, Record]] = {}
     for r in here:
         key = (str(r.params.get("edit")), int(r.params.get("k") or 0))

@@ -23,7 +23,7 @@ from mechdiff.reporting.report.use import yardsticks
 from mechdiff.reporting.report.verdict import NO_RANDOM, WITHIN_RANDOM, Verdict, judge, words
 from mechdiff.reporting.report.view import View, count, mark, span
 from mechdiff.reporting.steering import DRAWS, EDITS, handle_site
-from mechdiff.results import Record
+from mechdiff.results import Record, is_own
 
 SHOWN = ("mapped", "interchange", "add")
 """Edits of base in the order in which they are spoken of: mapped needs no tuned model."""
@@ -113,11 +113,7 @@ def _all(view: View, quantity: str, split: str) -> list[Record]:
         return []
     site = handle_site(view.pair.runs["rq3"].results)
     found = view.pair.select("rq3", quantity=quantity, control="none", split=split, site=site)
-    return [
-        r
-        for r in found
-        if r.params.get("edit") in EDITS and r.params.get("k") is not None and "gate" not in r.params
-    ]
+    return [r for r in found if r.params.get("edit") in EDITS and r.params.get("k") is not None and is_own(r)]
 
 
 def _panel(view: View) -> Panel:

@@ -13,7 +13,7 @@ from mechdiff.reporting.report.setup import mass
 from mechdiff.reporting.report.verdict import judge, words
 from mechdiff.reporting.report.view import View, count
 from mechdiff.reporting.report.where import BEHAVIOURS, behaviour
-from mechdiff.results import Record
+from mechdiff.results import Record, apart
 
 FLAGS = {
     "chosen_on_eval": "the prompts that layers were chosen on include those that are reported on",
@@ -92,9 +92,8 @@ def robustness(views: Sequence[View]) -> Section:
 
 def _moved(free: Record, masked: Record) -> str:
     """Say whether masking moves a number: whether the intervals lie apart."""
-    if free.low is None or free.high is None or masked.low is None or masked.high is None:
-        return "– an interval is missing"
-    return "yes" if free.low > masked.high or free.high < masked.low else "no: the intervals overlap"
+    moved = {True: "yes", False: "no: the intervals overlap", None: "– an interval is missing"}
+    return moved[apart(free, masked)]
 
 
 def limitations(study: Study, views: Sequence[View]) -> Section:

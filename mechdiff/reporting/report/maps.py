@@ -57,16 +57,14 @@ def _panel(view: View) -> Panel:
         beside = [cell(view, "r2_delta", site, control=c) for c in CONTROLS]
         label = f"layer {layer(site)}" if site.startswith("resid_post") else site
         rows.append(view.row(label, cell(view, "r2_delta", site), beside))
-        reduction, shift = (cell(view, "kl_reduction", site, control=c) for c in ("none", "mean_shift"))
         raw, mapped, meant = (
             cell(view, "kl_raw", site),
             cell(view, "kl_mapped", site),
             cell(view, "kl_mapped", site, control="mean_shift"),
         )
         agreement = cell(view, "patch_agreement", site)
-        verdict = judge(reduction, [shift]) if shift else judge(mapped, [meant], side="below")
         cells = [[view.number(r)] for r in (raw, mapped, meant, agreement)]
-        acts.append([[label], *cells, [mark(verdict)], [count(raw)]])
+        acts.append([[label], *cells, [mark(_acting(view, site))], [count(raw)]])
     head = ["site", "R² of the difference", *map(words, CONTROLS), "beyond controls", "n"]
     panel.blocks += _chart(view, sites)
     panel.blocks.append(
@@ -154,10 +152,16 @@ def verdicts(view: View) -> tuple[str | None, Verdict, Verdict]:
         return None, judge(None), judge(None)
     beside = [cell(view, "r2_delta", site, control=c) for c in CONTROLS]
     fits = judge(cell(view, "r2_delta", site), beside)
-    mapped, meant = (cell(view, "kl_mapped", site, control=c) for c in ("none", "mean_shift"))
+    return site, fits, _acting(view, site)
+
+
+def _acting(view: View, site: str) -> Verdict:
+    """Judge whether mapped states act better than the mean shift."""
     reduction, shift = (cell(view, "kl_reduction", site, control=c) for c in ("none", "mean_shift"))
-    acts = judge(reduction, [shift]) if shift else judge(mapped, [meant], side="below")
-    return site, fits, acts
+    if shift is not None:
+        return judge(reduction, [shift])
+    mapped, meant = (cell(view, "kl_mapped", site, control=c) for c in ("none", "mean_shift"))
+    return judge(mapped, [meant], side="below")
 
 
 def takeaways(view: View) -> list[Takeaway]:
