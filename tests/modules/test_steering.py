@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -413,3 +414,10 @@ def test_resuming_equals_going_on(tmp_path, data):
 def test_it_can_be_tried_out_without_memory(kind):
     with torch.device("meta"):
         kind(["resid_post.1"], d_source=16, d_target=16)
+
+
+def test_the_causal_loss_takes_one_process(monkeypatch):
+    module = SteeringSubspaceSGD([SITE], d_source=4, d_target=4, k=2, loss="causal")
+    monkeypatch.setattr(SteeringSubspaceSGD, "trainer", SimpleNamespace(world_size=2))
+    with pytest.raises(FitError, match=r"gives 2 processes; allowed with model.loss causal: 1"):
+        module.setup("fit")

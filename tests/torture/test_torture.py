@@ -60,4 +60,4 @@ def test_memory_of_an_extraction_is_not_that_of_its_activations(tmp_path: Path) 
     found = memory.measure(tmp_path, families, ["extraction"])
     assert not memory.grown(found["extraction"], texts), found
     stores = [sum(p.stat().st_size for p in (tmp_path / n).rglob("*.h5")) for n in ("1", "10")]
-    assert (stores[1] - stores[0]) / 1024 > 4 * memory.EACH * texts, "or nothing would be seen"
+    assert (stores[1] - stores[0]) / 1024 > 5 * memory.EACH * texts, "or nothing would be seen"
