@@ -29,7 +29,8 @@ class Size:
     """How much is run.
 
     Attributes:
-        texts: Texts that are extracted.
+        texts: Texts that are extracted beside other tools.
+        pair_texts: Texts that both models of the pair read, for what is done with their stores.
         few: Texts on which the slowest peer is measured.
         rounds: Turns of what is fast.
         slow: Turns of what is slow.
@@ -44,6 +45,7 @@ class Size:
     """
 
     texts: int
+    pair_texts: int
     few: int
     rounds: int
     slow: int
@@ -57,8 +59,8 @@ class Size:
     starts: int
 
 
-FULL = Size(112, 6, 4, 2, 12, (8, 8), 40, 40, 4096, 2048, 1 << 28, 5)
-TINY = Size(12, 2, 2, 1, 2, (2, 2), 8, 4, 64, 128, 1 << 20, 1)
+FULL = Size(112, 256, 6, 4, 2, 12, (8, 8), 40, 40, 4096, 2048, 1 << 28, 5)
+TINY = Size(12, 12, 2, 2, 1, 2, (2, 2), 8, 4, 64, 128, 1 << 20, 1)
 
 
 class Bench:

@@ -190,7 +190,7 @@ def _apart(store: ActivationStore, path: Path, lengths: list[int], layers: list[
 
 def pair(bench: Bench) -> None:
     """Extract both models of the pair, beside one of them twice; the stores stay."""
-    texts, sites = corpus(bench.size.texts), bench.sites
+    texts, sites = corpus(bench.size.pair_texts), bench.sites
     both = {"source": sites, "target": sites}
     stores: list[dict[str, ActivationStore]] = []
 

@@ -14,7 +14,7 @@ from benchmarks.peer import Peer
 from benchmarks.turns import Turn, in_turn, median, ratio, turn
 from mechdiff.interventions.attribution import attribute, integrated_gradients
 from mechdiff.interventions.head_patching import patch_heads
-from mechdiff.interventions.head_runs import ZERO, Baseline, Batch, clean_states
+from mechdiff.interventions.head_runs import ZERO, Baseline, Batch, clean_states, parts
 from mechdiff.interventions.suffix import SuffixEngine
 
 TOKENS = 24
@@ -112,19 +112,15 @@ def gradients(bench: Bench) -> None:
     def integrate() -> Tensor:
         states = clean_states(model, batch)
         baseline = Baseline(clean_states(model, Batch(torch.zeros_like(ids))).z)
-        found = [
-            integrated_gradients(
-                engine,
-                batch,
-                lambda logits: logits.log_softmax(-1)[:, answer],
-                layer,
-                baseline,
-                NODES,
-                states,
-            ).values
-            for layer in range(base.depth)
-        ]
-        return torch.stack(found, 1)
+        return integrated_gradients(
+            engine,
+            batch,
+            lambda logits: logits.log_softmax(-1)[:, answer],
+            None,
+            baseline,
+            NODES,
+            states,
+        ).values
 
     what = f"integrated gradients of all layers, {NODES} nodes"
 
@@ -168,9 +164,9 @@ def _score(logits: Tensor, answer: Tensor | None = None) -> Tensor:
 def _patched(engine: SuffixEngine, batch: Batch) -> Tensor:
     """Silence every head, one at a time; return logits `(layers, heads, rows, vocabulary)`."""
     states = clean_states(engine.model, batch)
-    return torch.stack(
-        [patch_heads(engine, batch, states, layer, range(z.shape[2]), ZERO) for layer, z in states.z.items()]
-    )
+    chosen = [(layer, head) for layer, z in states.z.items() for head in range(z.shape[2])]
+    found = [patch_heads(engine, batch, states, part, ZERO) for part in parts(chosen, batch)]
+    return torch.cat(found).unflatten(0, (len(states.z), -1))
 
 
 @torch.no_grad()

@@ -15,11 +15,8 @@ from mechdiff.callbacks.head_cases import Case
 from mechdiff.interventions.attribution import integrated_gradients
 from mechdiff.interventions.head_edges import Head
 from mechdiff.interventions.head_patching import exchange, patch_heads
-from mechdiff.interventions.head_runs import Baseline, Batch, States, clean_states
+from mechdiff.interventions.head_runs import Baseline, Batch, clean_states, parts
 from mechdiff.interventions.hooks import intervene
-
-TOKENS = 2048
-"""Tokens run at once."""
 
 
 def effects(case: Case, baseline: Baseline, heads: Sequence[Head]) -> Tensor:
@@ -34,13 +31,9 @@ def effects(case: Case, baseline: Baseline, heads: Sequence[Head]) -> Tensor:
     states = clean_states(case.side.loaded.model, batch, sorted({layer for layer, _ in heads}))
     clean = float(case.score(states.logits))
     found: dict[Head, float] = {}
-    for layer in states.z:
-        chosen = sorted({head for at, head in heads if at == layer})
-        for part in _parts(chosen, batch):
-            logits = patch_heads(case.side.engine, batch, states, layer, part, given)
-            found |= {
-                (layer, head): clean - float(case.score(x)) for head, x in zip(part, logits, strict=True)
-            }
+    for part in parts(sorted(heads), batch):
+        logits = patch_heads(case.side.engine, batch, states, part, given)
+        found |= {head: clean - float(case.score(x)) for head, x in zip(part, logits, strict=True)}
     return torch.tensor([found[head] for head in heads], dtype=torch.float64)
 
 
@@ -56,7 +49,7 @@ def joint_scores(case: Case, baseline: Baseline, sets: Tensor, layers: Sequence[
     """
     batch, given = _placed(case, case.short), case.shortened(baseline)
     rows, model, found = len(batch.tokens), case.side.loaded.model, []
-    for part in _parts(range(len(sets)), batch):
+    for part in parts(range(len(sets)), batch):
         chosen = sets[list(part)].to(batch.tokens.device).repeat_interleave(rows, 0)
         many = _copied(batch, len(part))
         picks = {layer: chosen[:, i] for i, layer in enumerate(layers)}
@@ -66,21 +59,12 @@ def joint_scores(case: Case, baseline: Baseline, sets: Tensor, layers: Sequence[
     return torch.tensor(found, dtype=torch.float64)
 
 
-def integrated(
-    case: Case, baseline: Baseline, layer: int, steps: int, states: States
-) -> tuple[Tensor, Tensor]:
-    """Return integrated gradients of a layer's heads, `(heads,)`, and their sum, end and start, `(3,)`."""
-    batch = _placed(case, case.short)
-    found = integrated_gradients(
-        case.side.engine, batch, case.score, layer, case.shortened(baseline), steps, states
-    )
+def integrated(case: Case, baseline: Baseline, layers: Sequence[int], steps: int) -> tuple[Tensor, Tensor]:
+    """Return integrated gradients of heads, `(layers, heads)`, and their sums, ends and starts, `(layers, 3)`."""
+    batch, given = _placed(case, case.short), case.shortened(baseline)
+    found = integrated_gradients(case.side.engine, batch, case.score, layers, given, steps)
     values = found.values.sum(0)
-    return values, torch.stack([values.sum(), found.end[0], found.start[0]])
-
-
-def short_states(case: Case) -> States:
-    """Run the rows without the template's beginning as they are."""
-    return clean_states(case.side.loaded.model, _placed(case, case.short))
+    return values, torch.stack([values.sum(1), found.end.expand(len(layers)), found.start[:, 0]], 1)
 
 
 def _placed(case: Case, batch: Batch) -> Batch:
@@ -94,9 +78,3 @@ def _copied(batch: Batch, copies: int) -> Batch:
 
     tokens = batch.tokens.repeat(copies, 1)
     return Batch(tokens, copied(batch.mask), copied(batch.where), copied(batch.logits_at), batch.prefix)
-
-
-def _parts(chosen: Sequence[int], batch: Batch) -> list[list[int]]:
-    """Cut copies of a batch into parts of at most `TOKENS` tokens."""
-    most = max(1, TOKENS // batch.tokens.numel())
-    return [list(chosen[i : i + most]) for i in range(0, len(chosen), most)]

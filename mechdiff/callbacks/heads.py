@@ -25,7 +25,7 @@ from mechdiff.callbacks.graded import read_openings
 from mechdiff.callbacks.head_cases import LEAST, METRICS, Cases, find_cases
 from mechdiff.callbacks.head_changes import HeadChanges
 from mechdiff.callbacks.head_contrast import check_run, contrasted
-from mechdiff.callbacks.head_passes import effects, integrated, short_states
+from mechdiff.callbacks.head_passes import effects, integrated
 from mechdiff.callbacks.head_records import NULL_DRAWS, HeadRecords
 from mechdiff.callbacks.head_refusals import refusal_churn
 from mechdiff.callbacks.head_tables import (
@@ -200,10 +200,10 @@ class Heads(CausalEvaluation):
             layers, rows, sums = records.tables.layers[role], [], []
             for index in self.track(few, f"integrated gradients: {role}"):
                 case = cases.case(role, index)
-                given, states = baselines(cases, case, role, means[role])[name], short_states(case)
-                found = [integrated(case, given, layer, self.steps, states) for layer in layers]
-                rows.append(torch.cat([values for values, _ in found]))
-                sums.append(torch.stack([ends for _, ends in found]))
+                given = baselines(cases, case, role, means[role])[name]
+                values, ends = integrated(case, given, layers, self.steps)
+                rows.append(values.flatten())
+                sums.append(ends)
             table, ends = torch.stack(rows), torch.stack(sums)
             gaps = (ends[..., 1] - ends[..., 2]).abs()
             missed = (ends[..., 0] - (ends[..., 1] - ends[..., 2])).abs()

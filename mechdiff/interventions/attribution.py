@@ -33,11 +33,15 @@ from mechdiff.interventions.head_runs import (
     States,
     clean_states,
     difference,
+    parts,
     run_attended,
 )
 from mechdiff.interventions.hooks import Edit, head_weights, intervene, num_heads
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine
+
+TOKENS_WITH_GRADIENT = 1024
+"""Tokens run at once where a graph is kept."""
 
 Score = Callable[[Tensor], Tensor]
 """Turns the logits of a batch, as `run_logits` returns them, into the numbers attributed, `(n,)`. A number
@@ -108,41 +112,43 @@ def grad_x_act(model: nn.Module, batch: Batch, score: Score) -> Tensor:
 
 
 class Integrated(NamedTuple):
-    """Integrated gradients of one layer.
+    """Integrated gradients of some layers.
 
     Attributes:
-        values: What each head adds, `(rows, heads)`, float64, on the CPU.
+        values: What each head adds, `(rows, layers, heads)`, float64, on the CPU.
         end: The numbers as they are, `(n,)`, float64, on the CPU.
-        start: With the whole layer's heads at the baseline, `(n,)`.
-        error: Share of the difference that the values of all rows and heads miss together.
+        start: With all heads of a layer at the baseline, `(layers, n)`.
+        error: Share of the difference that the values of all rows and heads of a layer miss together,
+            `(layers,)`.
     """
 
     values: Tensor
     end: Tensor
     start: Tensor
-    error: float
+    error: Tensor
 
 
 def integrated_gradients(
     engine: SuffixEngine,
     batch: Batch,
     score: Score,
-    layer: int,
+    layers: Sequence[int] | None = None,
     baseline: Baseline = ZERO,
     steps: int = 8,
     states: States | None = None,
 ) -> Integrated:
-    """Attribute numbers to the heads of one layer along the straight line from a baseline.
+    """Attribute numbers to the heads of each layer along the straight line from a baseline.
 
-    The nodes are rows of one batch that starts after the layer's attention. The two ends need no gradient:
-    one is the clean run, the other is run by itself.
+    The line of a layer moves its heads alone; those of other layers follow. A node of every layer is a row of
+    one batch, which it joins after that layer's attention. The two ends need no gradient: one is the clean
+    run, the other is run by itself.
 
     Args:
         engine: Of the model.
         batch: What it reads.
         score: What is attributed.
-        layer: Whose heads; those of other layers follow.
-        baseline: Where the line starts.
+        layers: Whose heads, ascending; all by default.
+        baseline: Where the lines start.
         steps: Gauss–Legendre nodes.
         states: From `clean_states`; computed if not given.
 
@@ -150,26 +156,39 @@ def integrated_gradients(
         UsageError: If the baseline does not have the model's heads.
     """
     _check({"baseline": baseline}, num_heads(engine.model))
-    states = clean_states(engine.model, batch, [layer]) if states is None else states
-    nodes, shares = (part.to(batch.tokens.device) for part in gauss_legendre(steps))
-    rows, weight = len(batch.tokens), head_weights(engine.model, layer)
-    with torch.inference_mode(False), torch.enable_grad():
-        z, attention = states.z[layer].clone(), states.attention[layer].clone()
-        move = difference(z, weight, baseline, layer) * baseline.counted(batch)[..., None]
-        back = (1 - nodes).to(move)[:, None, None, None] * move
-        given = (attention - back).to(attention).flatten(0, 1).requires_grad_()
-        logits = run_attended(engine, _normal(batch), states, layer, given, steps)
-        scores = torch.stack([score(part) for part in logits.split(rows)]).double()
-        (gradient,) = torch.autograd.grad(scores.sum(), given)
+    layers = list(head_layers(engine.model) if layers is None else layers)
+    states = clean_states(engine.model, batch, layers) if states is None else states
+    nodes, shares = gauss_legendre(steps)
+    rows, counted = len(batch.tokens), baseline.counted(batch)[..., None]
+    weights = {layer: head_weights(engine.model, layer) for layer in layers}
+    means: dict[int, Tensor] = {}
+    starts: list[Tensor] = []
+    for part in parts(layers, batch, TOKENS_WITH_GRADIENT):
+        with torch.inference_mode(False), torch.enable_grad():
+            z = {layer: states.z[layer].clone() for layer in part}
+            own = {layer: states.attention[layer].clone() for layer in part}
+            move = {at: difference(z[at], weights[at], baseline, at) * counted for at in part}
+            for node, share in zip(nodes.tolist(), shares.tolist(), strict=True):
+                given = {at: (own[at] - (1 - node) * move[at]).to(own[at]).requires_grad_() for at in part}
+                logits = run_attended(engine, _normal(batch), states, given)
+                total = torch.stack([score(copy) for copy in logits.split(rows)]).double().sum()
+                for at, gradient in zip(part, torch.autograd.grad(total, list(given.values())), strict=True):
+                    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                    means[at] = means.get(at, 0) + share * gradient
+        with torch.no_grad():
+            logits = run_attended(
+                engine, batch, states, {at: (own[at] - move[at]).to(own[at]) for at in part}
+            )
+            starts += [score(copy).double().cpu() for copy in logits.split(rows)]
+    found = []
+    for at, mean in means.items():
+        added = head_products(mean, states.z[at], weights[at])
+        other = baseline_products(mean, baseline, at, weights[at], added)
+        found.append(((added - other) * counted).sum(1).double().cpu())
     with torch.no_grad():
-        bare = run_attended(engine, batch, states, layer, (attention - move).to(attention), 1)
-        end, start = (score(logits).double().cpu() for logits in (states.logits, bare))
-    mean = gradient.unflatten(0, (-1, rows)).to(torch.promote_types(gradient.dtype, torch.float32))
-    mean = torch.einsum("k,krtd->rtd", shares.to(mean), mean)
-    own = head_products(mean, z, weight)
-    other = baseline_products(mean, baseline, layer, weight, own)
-    values = ((own - other) * baseline.counted(batch)[..., None]).sum(1).double().cpu()
-    return Integrated(values, end, start, completeness_error(values.sum(), end.sum(), start.sum()).item())
+        values, end, start = torch.stack(found, 1), score(states.logits).double().cpu(), torch.stack(starts)
+    error = completeness_error(values.sum((0, 2)), end.sum(), start.sum(1))
+    return Integrated(values, end, start, error)
 
 
 def tagged(

@@ -4,7 +4,7 @@
    column; positions count from each prompt's own first token.
 2. Each step takes the most probable token, the first of equals, among all or a given set.
 3. An answer ends before the first stop token, or at the limit of tokens, of characters or of the model's
-   context. Rows that have ended leave the batch when they are half of it.
+   context. Rows that have ended leave the batch when there are some.
 
 The defaults that a checkpoint brings along (temperature, penalties) play no part.
 """
@@ -19,6 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mechdiff.errors import ActivationError
+from mechdiff.interventions.growing import growing
+
+RUNNING = 0.9
+"""Share of a batch that goes on, from which down the rows that have ended are left out."""
 
 
 class Reach(NamedTuple):
@@ -46,6 +50,15 @@ def context_length(model: PreTrainedModel) -> int:
     """Return the most tokens that a model takes; without a limit a number larger than any text."""
     config = model.config.get_text_config(decoder=True)
     return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+
+def thinned(running: Tensor) -> bool:
+    """Tell whether so many rows have ended that leaving them out is worth copying the others.
+
+    Args:
+        running: Which rows go on, `(rows,)` boolean.
+    """
+    return int(running.sum()) <= RUNNING * len(running)
 
 
 def generate(
@@ -125,7 +138,8 @@ def _generate_batch(
             use_cache=True,
             logits_to_keep=1,
         )
-        logits, cache = out.logits[:, -1], out.past_key_values
+        logits = out.logits[:, -1]
+        cache = growing(out.past_key_values) if cache is None else cache
         if not logits.isfinite().all():
             raise ActivationError(
                 f"{type(model).__name__} in {model.dtype} gives non-finite logits; allowed: finite ones "
@@ -151,7 +165,7 @@ def _generate_batch(
             break
         positions = positions.clamp(max=context - 1)  # of rows that have ended
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        if 2 * int(running.sum()) <= len(running):
+        if thinned(running):
             kept = running.nonzero()[:, 0]
             rows, running = rows[kept], running[kept]
             kept = kept.to(device)

@@ -1,6 +1,6 @@
 """Exchange what heads add to the residual, exactly, and see what base's weights would make of the same input.
 
-1. Single heads of one layer are rows of one batch that starts after that layer's attention: the exchange is a
+1. Single heads are rows of one batch, which they join after the attention of their layer: the exchange is a
    change of the attention's output, and no attention is computed twice.
 2. Heads of several layers are exchanged together in a full run: each gives the baseline's contribution in
    place of what it adds in this very run, so that patches below are taken into account.
@@ -32,31 +32,29 @@ _WHOLE = 2e-2
 
 @torch.no_grad()
 def patch_heads(
-    engine: SuffixEngine,
-    batch: Batch,
-    states: States,
-    layer: int,
-    heads: Sequence[int],
-    baseline: Baseline,
+    engine: SuffixEngine, batch: Batch, states: States, heads: Sequence[tuple[int, int]], baseline: Baseline
 ) -> Tensor:
-    """Put a baseline in the place of single heads of one layer, one at a time.
+    """Put a baseline in the place of single heads, one at a time.
 
     Args:
         engine: Of the model.
         batch: What it reads; heads are exchanged at `where`.
         states: Its clean run.
-        layer: The layer.
-        heads: The heads.
+        heads: Layer and index of each.
         baseline: What they add instead.
 
     Returns:
         Logits, `(heads, rows, ...)`.
     """
-    weight, z = head_weights(engine.model, layer), states.z[layer]
-    moves = head_changes(z, weight, baseline, layer, heads) * baseline.counted(batch)[..., None, None]
-    given = states.attention[layer] + moves.movedim(2, 0).to(states.attention[layer])
-    logits = run_attended(engine, batch, states, layer, given.flatten(0, 1), len(heads))
-    return logits.unflatten(0, (len(heads), -1))
+    order = sorted(range(len(heads)), key=lambda i: heads[i][0])
+    given: dict[int, Tensor] = {}
+    for layer in sorted({layer for layer, _ in heads}):
+        chosen = [heads[i][1] for i in order if heads[i][0] == layer]
+        moves = head_changes(states.z[layer], head_weights(engine.model, layer), baseline, layer, chosen)
+        moves = (moves * baseline.counted(batch)[..., None, None]).movedim(2, 0)
+        given[layer] = (states.attention[layer] + moves.to(states.attention[layer])).flatten(0, 1)
+    logits = run_attended(engine, batch, states, given).unflatten(0, (len(heads), -1))
+    return logits[torch.tensor(order).argsort().to(logits.device)]
 
 
 def head_changes(

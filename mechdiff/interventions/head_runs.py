@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mechdiff.interventions.attended import resume_attended
+from mechdiff.interventions.attended import Start, resume_attended
 from mechdiff.interventions.attention import head_layers
 from mechdiff.interventions.hooks import record
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine, run_logits
+
+T = TypeVar("T")
+TOKENS = 2048
+"""Tokens run at once."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,18 @@ class States(NamedTuple):
     logits: Tensor
 
 
+def parts(chosen: Sequence[T], batch: Batch, most: int = TOKENS) -> list[list[T]]:
+    """Cut what needs a copy of a batch each into parts that are run at once.
+
+    Args:
+        chosen: What is run.
+        batch: The batch that is copied.
+        most: Tokens of a part.
+    """
+    size = max(1, most // batch.tokens.numel())
+    return [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+
+
 @torch.no_grad()
 def clean_states(model: nn.Module, batch: Batch, layers: Iterable[int] | None = None) -> States:
     """Run a model as it is and keep what experiments on its heads start from.
@@ -134,31 +150,33 @@ def difference(z: Tensor, weight: Tensor, baseline: Baseline, layer: int) -> Ten
 
 
 def run_attended(
-    engine: SuffixEngine, batch: Batch, states: States, layer: int, attention: Tensor, copies: int
+    engine: SuffixEngine, batch: Batch, states: States, attention: Mapping[int, Tensor]
 ) -> Tensor:
-    """Run what follows a layer's attention on several copies of a batch.
+    """Run what follows layers' attention on copies of a batch.
 
     Args:
         engine: Of the model.
         batch: What it reads.
         states: Its clean run.
-        layer: Whose attention is given.
-        attention: `(copies * rows, T, d_model)`, copy by copy.
-        copies: Their number.
+        attention: What is put in the place of a layer's, by layer, `(copies * rows, T, d_model)`, copy by copy.
+
+    Returns:
+        Logits of all copies, in the order of the layers from the lowest up.
     """
-
-    def copied(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part.repeat(copies, *[1] * (part.ndim - 1))
-
-    tokens = batch.tokens.repeat(copies, 1)
-    hidden = copied(states.hidden.get(layer))
+    starts, rows = [], len(batch.tokens)
+    for layer, given in sorted(attention.items()):
+        hidden = states.hidden.get(layer)
+        starts.append(Start(layer, None if hidden is None else _copied(hidden, len(given) // rows), given))
+    copies = sum(len(start.attention) for start in starts) // rows
     return resume_attended(
         engine,
-        layer,
-        hidden,
-        attention,
-        tokens,
-        copied(batch.mask),
+        starts,
+        _copied(batch.tokens, copies),
+        None if batch.mask is None else _copied(batch.mask, copies),
         prefix=batch.prefix,
-        logits_at=copied(batch.logits_at),
+        logits_at=None if batch.logits_at is None else _copied(batch.logits_at, copies),
     )
+
+
+def _copied(part: Tensor, copies: int) -> Tensor:
+    return part.repeat(copies, *[1] * (part.ndim - 1))

@@ -7,7 +7,7 @@
    its own ids, up to the site, before the first model does.
 3. Each step takes the most probable token; a row ends before the first stop token, or at a token that the
    other model does not have, or at the limit of tokens, of characters or of a model's context. Rows that have
-   ended leave the batch when they are half of it.
+   ended leave the batch when there are some.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from mechdiff.interventions.generation import Reach, context_length
+from mechdiff.interventions.generation import Reach, context_length, thinned
+from mechdiff.interventions.growing import growing
 from mechdiff.interventions.hooks import Edit, intervene, record, stop_after
 from mechdiff.interventions.sites import Site
 
@@ -62,6 +63,7 @@ class Rows:
                 _stacked([getattr(p, name) for p in parts]) for name in ("keys", "values")
             )
             self._cache.layers.append(layer)
+        self._cache = growing(self._cache)
 
     @property
     def full(self) -> Tensor:
@@ -188,7 +190,7 @@ def decode(
             running &= ~read.full
         if not running.any():
             break
-        if 2 * int(running.sum()) <= len(running):
+        if thinned(running):
             some = running.nonzero()[:, 0]
             at, tokens, running = at[some], tokens[some], running[some]
             left = None if left is None else left[some]

@@ -6,6 +6,7 @@ from captum.attr import LayerIntegratedGradients
 from torch import nn
 
 from mechdiff.errors import UsageError
+from mechdiff.interventions import attribution
 from mechdiff.interventions.attention import head_layers
 from mechdiff.interventions.attribution import attribute, grad_x_act, integrated_gradients
 from mechdiff.interventions.head_runs import ZERO, Baseline, Batch, clean_states, run_attended
@@ -124,10 +125,10 @@ def test_swapping_the_ends_of_the_line_flips_integrated_gradients(arch):
     moved = states.attention[1] - _move(model, states, baseline, batch)
     z = dict(baseline.z) | {1: _kept(states, baseline, batch)}
     with torch.no_grad():
-        logits = run_attended(engine, batch, states, 1, moved, 1)
+        logits = run_attended(engine, batch, states, {1: moved})
     other = states._replace(z=z, attention={1: moved}, logits=logits)
-    there = integrated_gradients(engine, batch, score, 1, baseline, 12, states)
-    back = integrated_gradients(engine, batch, score, 1, Baseline(states.z), 12, other)
+    there = integrated_gradients(engine, batch, score, [1], baseline, 12, states)
+    back = integrated_gradients(engine, batch, score, [1], Baseline(states.z), 12, other)
     assert (there.values + back.values).abs().max() < 1e-9 * there.values.abs().max()
     assert (there.start - back.end).abs().max() < 1e-12
 
@@ -142,27 +143,34 @@ def _move(model, states, baseline, batch):
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2", "gpt_neox"])
-def test_integrated_gradients_are_complete(arch):
+def test_integrated_gradients_are_complete(arch, monkeypatch):
     model, batch = double(arch), Batch(tokens(2, 7))
     engine, baseline = SuffixEngine(model), other_run(model)
-    for layer in range(LAYERS):
-        found = integrated_gradients(engine, batch, score, layer, baseline, 32)
-        assert (found.values.sum(1) - (found.end - found.start)).abs().max() < 1e-6
-        assert found.error < 1e-6
-        assert (found.end - score(batch.run(model))).abs().max() < 1e-12
+    found = integrated_gradients(engine, batch, score, None, baseline, 32)
+    assert found.values.shape == (2, LAYERS, HEADS)
+    assert (found.values.sum(2) - (found.end[:, None] - found.start.T)).abs().max() < 1e-6
+    assert found.error.max() < 1e-6
+    assert (found.end - score(batch.run(model))).abs().max() < 1e-12
+    for layer in range(LAYERS):  # together, alone and in parts
+        alone = integrated_gradients(engine, batch, score, [layer], baseline, 32)
+        assert (alone.values[:, 0] - found.values[:, layer]).abs().max() < 1e-9
+        assert (alone.start[0] - found.start[layer]).abs().max() < 1e-9
+    monkeypatch.setattr(attribution, "TOKENS_WITH_GRADIENT", 2 * batch.tokens.numel())
+    cut = integrated_gradients(engine, batch, score, None, baseline, 32)
+    assert (cut.values - found.values).abs().max() < 1e-9
 
 
 def test_more_nodes_miss_less_and_one_step_of_a_linear_number_misses_nothing():
     model, batch = double(), Batch(tokens(2, 7))
     engine = SuffixEngine(model)
-    errors = [integrated_gradients(engine, batch, score, 1, ZERO, steps).error for steps in (1, 4, 16)]
+    errors = [integrated_gradients(engine, batch, score, [1], ZERO, steps).error for steps in (1, 4, 16)]
     assert errors[0] > 10 * errors[1] > 100 * errors[2]
     plain = double("gpt2")
     plain.transformer.ln_f, last = nn.Identity(), LAYERS - 1
     plain.transformer.h[-1].mlp.c_proj.weight.zero_()
-    one = integrated_gradients(SuffixEngine(plain), batch, score, last, ZERO, 1)
+    one = integrated_gradients(SuffixEngine(plain), batch, score, [last], ZERO, 1)
     assert one.error < 1e-12
-    assert (one.values - grad_x_act(plain, batch, score)[:, last]).abs().max() < 1e-12
+    assert (one.values[:, 0] - grad_x_act(plain, batch, score)[:, last]).abs().max() < 1e-12
 
 
 def test_integrated_gradients_agree_with_captum():
@@ -175,8 +183,8 @@ def test_integrated_gradients_agree_with_captum():
     wanted = values.detach().unflatten(-1, (HEADS, -1)).sum((1, 3))
     # Captum's baseline is what the layer makes of token 0 at every position.
     zero = Baseline(clean_states(model, Batch(torch.zeros_like(ids))).z)
-    mine = integrated_gradients(SuffixEngine(model), batch, score, 1, zero, 16)
-    assert (mine.values - wanted).abs().max() < 1e-9
+    mine = integrated_gradients(SuffixEngine(model), batch, score, [1], zero, 16)
+    assert (mine.values[:, 0] - wanted).abs().max() < 1e-9
 
 
 def test_padding_a_prefix_and_inference_mode_change_nothing():
@@ -222,9 +230,30 @@ def test_running_from_the_attention_is_the_whole_run(arch):
     states = clean_states(model, batch)
     for layer in range(LAYERS):
         given = states.attention[layer]
-        assert torch.equal(run_attended(engine, batch, states, layer, given, 1), states.logits)  # 0
-        again = run_attended(engine, batch, states, layer, given.repeat(3, 1, 1), 3).unflatten(0, (3, 2))
+        assert torch.equal(run_attended(engine, batch, states, {layer: given}), states.logits)  # 0
+        again = run_attended(engine, batch, states, {layer: given.repeat(3, 1, 1)}).unflatten(0, (3, 2))
         assert (again - states.logits).abs().max() < 1e-5  # 4e-7: another batch shape
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["whole", "padded", "after a prefix"])
+def test_rows_that_join_at_their_layer_are_as_if_run_alone(arch, kind):
+    model, ids = tiny_model(arch, LAYERS), tokens(2, 7)
+    engine = SuffixEngine(model)
+    mask = (torch.arange(7) < torch.tensor([[5], [7]])).long() if kind == "padded" else None
+    at = None if mask is None else mask.sum(1) - 1
+    batch = Batch(ids, mask, logits_at=at)
+    if kind == "after a prefix":
+        batch = Batch(ids[:1, 3:], prefix=engine.prefill(ids[:1, :3]))
+    states = clean_states(model, batch)
+    given = {
+        layer: torch.cat([states.attention[layer] * (1 + 0.5 * copy) for copy in range(layer + 1)])
+        for layer in range(LAYERS)
+    }
+    together = run_attended(engine, batch, states, given)
+    alone = torch.cat([run_attended(engine, batch, states, {layer: part}) for layer, part in given.items()])
+    assert together.shape == alone.shape
+    assert (together - alone).abs().max() < 1e-5
 
 
 def test_layers_without_softmax_heads_are_left_out():

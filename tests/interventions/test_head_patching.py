@@ -44,21 +44,21 @@ def other(donor, ids: torch.Tensor) -> Baseline:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kind", ["zero", "model"])
-def test_heads_of_one_layer_are_exchanged_as_in_a_whole_run(arch, kind):
+def test_single_heads_are_exchanged_as_in_a_whole_run(arch, kind):
     model, donor = models(arch)
     batch = Batch(tokens(2, 7), where=EVERY)
     engine, states = SuffixEngine(model), clean_states(model, batch)
     baseline = ZERO if kind == "zero" else other(donor, batch.tokens)
-    for layer in range(LAYERS):
-        found = patch_heads(engine, batch, states, layer, range(HEADS), baseline)
-        for head in range(HEADS):
-            swap = []
-            if kind == "model":
-                with record(donor, [site := Site(layer, "head_out")]) as kept:
-                    batch.run(donor)
-                swap = ["swap", kept[site][:, :, head]]
-            with torch.no_grad(), head_patch_or_zero(model, layer, head, *swap):
-                assert (found[head] - batch.run(model)).abs().max() < 1e-5  # 6e-7
+    heads = [(layer, head) for head in range(HEADS) for layer in reversed(range(LAYERS))]
+    found = patch_heads(engine, batch, states, heads, baseline)
+    for (layer, head), logits in zip(heads, found, strict=True):
+        swap = []
+        if kind == "model":
+            with record(donor, [site := Site(layer, "head_out")]) as kept:
+                batch.run(donor)
+            swap = ["swap", kept[site][:, :, head]]
+        with torch.no_grad(), head_patch_or_zero(model, layer, head, *swap):
+            assert (logits - batch.run(model)).abs().max() < 1e-5  # 6e-7
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -68,7 +68,7 @@ def test_patching_heads_into_themselves_changes_nothing(arch):
     states = clean_states(model, batch)
     own = Baseline(states.z)
     for layer in range(LAYERS):
-        found = patch_heads(engine, batch, states, layer, [0], own)
+        found = patch_heads(engine, batch, states, [(layer, 0)], own)
         assert torch.equal(found[0], states.logits)  # 0
     picked = {layer: torch.ones(2, HEADS, dtype=torch.bool) for layer in range(LAYERS)}
     with torch.no_grad(), intervene(model, exchange(model, batch, picked, own)):
@@ -84,7 +84,7 @@ def test_a_copied_pair_differs_nowhere():
     assert not found.values["other"].any()
     assert not found.values["own"].any()
     for layer in range(LAYERS):
-        assert torch.equal(patch_heads(engine, batch, states, layer, [1], theirs)[0], states.logits)
+        assert torch.equal(patch_heads(engine, batch, states, [(layer, 1)], theirs)[0], states.logits)
 
 
 def test_heads_exchanged_together_start_from_what_they_add_in_that_run():
@@ -115,7 +115,7 @@ def test_rows_choose_their_own_heads():
     engine = SuffixEngine(model)
     single = Batch(ids[:1])
     states = clean_states(model, single)
-    wanted = patch_heads(engine, single, states, 1, [2, 0], other(donor, ids[:1]))[:, 0]
+    wanted = patch_heads(engine, single, states, [(1, 2), (1, 0)], other(donor, ids[:1]))[:, 0]
     assert (found[0] - states.logits[0]).abs().max() < 1e-5
     assert (found[1:] - wanted).abs().max() < 1e-5
 
@@ -193,7 +193,7 @@ def test_a_graft_of_one_head_is_its_own_change_where_keys_are_not_shared():
         assert group(tuned, head) == [head]
         with head_graft(tuned, base, 1, head), torch.no_grad():
             wanted = batch.run(tuned)
-        found = patch_heads(engine, batch, states, 1, [head], changed)[0]
+        found = patch_heads(engine, batch, states, [(1, head)], changed)[0]
         assert (found - wanted).abs().max() < 1e-6
         assert (wanted - states.logits).abs().max() > 1e-4
 
