@@ -107,6 +107,7 @@ OPTIONS = [
         "--layers=foo.1"),
     Bad("site resid_post.9 is out of range; allowed layers: 0 to 3 (key: layers)", "--layers=[9]"),
     Bad("site resid_post.-1 is out of range; allowed layers: 0 to 3 (key: layers)", "--layers=[-1]"),
+    Bad("max_prompts is 0; allowed: 1 or more, or null (key: max_prompts)", "--max_prompts=0"),
     Bad("layers is []; allowed: at least one layer or site, each once (key: layers)", "--layers=[]"),
     Bad("layers is [1, 1]; allowed: at least one layer or site, each once (key: layers)", "--layers=[1,1]"),
     Bad("unknown site '²'; allowed: <component>.<layer>, component one of resid_post, attn_out, mlp_out, head_z, head_out (key: layers)",

@@ -78,7 +78,14 @@ def test_print_config_is_a_configuration(capsys: pytest.CaptureFixture[str], els
 def test_help_names_what_belongs_to_a_run(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
     shown = capsys.readouterr().out
-    for option in ("--pair", "--layers", "--extraction.root", "--trainer.fast_dev_run", "--ckpt_path"):
+    for option in (
+        "--pair",
+        "--layers",
+        "--max_prompts",
+        "--extraction.root",
+        "--trainer.fast_dev_run",
+        "--ckpt_path",
+    ):
         assert option in shown
     assert shown.startswith("usage: ")
     assert len(shown.splitlines()[0]) < 100
@@ -294,6 +301,13 @@ def test_fallback_scales_with_the_depth(place: Path) -> None:
     options = [*config(), "--pair", str(place / "pair.yaml"), "--layers=fallback"]
     cli = MechdiffCLI("fit", [*options, "--trainer.callbacks=null", "--trainer.fast_dev_run=true"])
     assert cli.cfg.model.init_args.sites == ["resid_post.3"]
+
+
+def test_fewer_prompts_are_read(place: Path) -> None:
+    options = [*config(), "--pair", str(place / "pair.yaml"), "--layers=[1]", "--trainer.callbacks=null"]
+    cli = MechdiffCLI("fit", [*options, "--max_prompts=1", "--trainer.fast_dev_run=true"])
+    kinds = [(p.split, p.lang, p.label) for p in cli.prompts]
+    assert len(kinds) == len(set(kinds)) > 1
 
 
 # --- the mechdiff command --------------------------------------------------------------------------------

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -18,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mechdiff.config import SEED
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import FitError, PromptError
 from mechdiff.functional.correlation import bootstrap_correlation
 from mechdiff.functional.metrics import kl_divergence
@@ -253,25 +250,3 @@ def readable(pair: LoadedPair, prompts: Sequence[Prompt]) -> tuple[list[Prompt],
     required = pair.spec.tokenizer_policy == "shared_vocab_required"
     least = pair.spec.min_shared_coverage if required else 0.0
     return filter_shared(list(prompts), pair.base.tokenizer, pair.tuned.tokenizer, pair.shared, least)
-
-
-def spread(prompts: Sequence[Prompt], most: int | None) -> list[Prompt]:
-    """Take prompts in turn from each language and class until there are enough.
-
-    Within a class they are drawn in an order of their own, which does not depend on files or ids, so that a
-    few prompts stand for all topics and templates.
-
-    Args:
-        prompts: What there is.
-        most: How many; None takes all.
-
-    Returns:
-        The prompts taken, in the order given.
-    """
-    classes: dict[tuple[str, str], list[Prompt]] = defaultdict(list)
-    for prompt in sorted(prompts, key=lambda p: hashlib.sha256(p.text.encode()).digest()):
-        classes[prompt.lang, prompt.label].append(prompt)
-    columns = (classes[key] for key in sorted(classes))
-    turns = [p for turn in zip_longest(*columns) for p in turn if p is not None]
-    taken = set(turns[:most])
-    return [p for p in prompts if p in taken]

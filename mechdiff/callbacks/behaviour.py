@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, spread
+from mechdiff.callbacks.base import CausalEvaluation, Item
 from mechdiff.callbacks.choices import UNPARSED, chosen, solved
 from mechdiff.callbacks.graded import Openings, read_openings
 from mechdiff.callbacks.observations import Observation, records
@@ -22,7 +22,7 @@ from mechdiff.callbacks.refusal import TOO_LONG, answered, opened, read
 from mechdiff.data.benchmarks.items import Item as Question
 from mechdiff.data.benchmarks.items import permute_options
 from mechdiff.data.benchmarks.registry import load_benchmarks
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, evenly
 from mechdiff.errors import ConfigError
 from mechdiff.modules.base import DiffModule
 from mechdiff.pairs.loading import LoadedPair
@@ -84,7 +84,7 @@ class Behaviour(CausalEvaluation):
             log.warning(
                 "kept %d of %d prompts: the others have too few shared tokens", report.kept, report.total
             )
-        kept = _evenly(kept, self.max_prompts)
+        kept = evenly(kept, self.max_prompts)
         observed = {}
         for role, voice in voices(pair).items():
             observed[role] = list(self._observe(voice, kept, openings, benchmarks))
@@ -108,7 +108,7 @@ class Behaviour(CausalEvaluation):
         benchmarks: dict[str, list[Question]],
     ) -> Iterator[Observation]:
         cells = [{"lang": p.lang, "label": p.label} for p in prompts]
-        graded = _evenly([p for p in prompts if p.lang in openings], self.max_graded)
+        graded = evenly([p for p in prompts if p.lang in openings], self.max_graded)
         parts = {
             "answers": answered(
                 voice, [p.id for p in prompts], [p.text for p in prompts], cells, self.answer_tokens
@@ -181,13 +181,6 @@ def load_scorer(place: str) -> Scorer:
             f"toxicity is {place!r}; allowed: an installed package.module:function, or null ({reason})"
         ) from error
     return scorer
-
-
-def _evenly(prompts: Sequence[Prompt], most: int | None) -> list[Prompt]:
-    """Take at most so many prompts of each language and class."""
-    classes = sorted({(p.lang, p.label) for p in prompts})
-    groups = [[p for p in prompts if (p.lang, p.label) == c] for c in classes]
-    return [p for group in groups for p in spread(group, most)]
 
 
 def _item(observation: Observation, role: str) -> Item:

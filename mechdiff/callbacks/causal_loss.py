@@ -19,12 +19,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from mechdiff.callbacks.base import readable, spread
+from mechdiff.callbacks.base import readable
 from mechdiff.callbacks.handle_evaluation import same_end, two_engines, two_sides
 from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.states import read_last
 from mechdiff.data.activations import ActivationPairs
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import ConfigError
 from mechdiff.functional.metrics import kl_from_logits
 from mechdiff.functional.steering import interchange

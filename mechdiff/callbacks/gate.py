@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import Item, readable, spread
+from mechdiff.callbacks.base import Item, readable
 from mechdiff.callbacks.handle_evaluation import (
     ANSWER,
     LAST,
@@ -43,7 +43,7 @@ from mechdiff.callbacks.side_effects import (
 from mechdiff.callbacks.states import read_ends
 from mechdiff.callbacks.transfer_fit import StoredRows, stored_rows
 from mechdiff.data.contrast import contrast
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import ConfigError
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.probes import Probe, best_probe, keeping

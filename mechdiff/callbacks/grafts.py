@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, spread
+from mechdiff.callbacks.base import CausalEvaluation, Item
 from mechdiff.callbacks.graded import grades, read_openings
 from mechdiff.callbacks.patcher import Side
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import ConfigError
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.selection import PROPOSED, largest

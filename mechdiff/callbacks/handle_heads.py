@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import Item, readable, spread
+from mechdiff.callbacks.base import Item, readable
 from mechdiff.callbacks.handle_evaluation import (
     LAST,
     Handle,
@@ -36,7 +36,7 @@ from mechdiff.callbacks.handle_evaluation import (
 )
 from mechdiff.callbacks.patcher import Side
 from mechdiff.data.contrast import contrast
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import ConfigError, PairError
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.stats import generator

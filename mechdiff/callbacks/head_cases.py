@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import readable, spread
+from mechdiff.callbacks.base import readable
 from mechdiff.callbacks.graded import Graded, grades, read_openings, refusing
 from mechdiff.callbacks.handle_evaluation import two_engines, two_sides
 from mechdiff.callbacks.patcher import Side, groups
 from mechdiff.callbacks.states import read_ends
 from mechdiff.data.benchmarks.registry import BENCHMARKS, load_benchmarks
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.interventions.attribution import Score

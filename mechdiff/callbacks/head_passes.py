@@ -60,7 +60,7 @@ def joint_scores(case: Case, baseline: Baseline, sets: Tensor, layers: Sequence[
 
 
 def integrated(case: Case, baseline: Baseline, layers: Sequence[int], steps: int) -> tuple[Tensor, Tensor]:
-    """Return integrated gradients of heads, `(layers, heads)`, and their sums, ends and starts, `(layers, 3)`."""
+    """Return integrated gradients of heads, `(layers, heads)`, and sums, ends and starts, `(layers, 3)`."""
     batch, given = _placed(case, case.short), case.shortened(baseline)
     found = integrated_gradients(case.side.engine, batch, case.score, layers, given, steps)
     values = found.values.sum(0)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, spread
+from mechdiff.callbacks.base import CausalEvaluation, Item
 from mechdiff.callbacks.graded import read_openings
 from mechdiff.callbacks.head_cases import LEAST, METRICS, Cases, find_cases
 from mechdiff.callbacks.head_changes import HeadChanges
@@ -39,7 +39,7 @@ from mechdiff.callbacks.head_tables import (
     said,
 )
 from mechdiff.callbacks.head_truth import HeadTruth
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import ConfigError
 from mechdiff.functional.attribution import COMPLETENESS_LIMIT
 from mechdiff.functional.metrics import kl_divergence

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from mechdiff.callbacks.base import spread
 from mechdiff.callbacks.graded import Openings, grades
 from mechdiff.callbacks.layer_patcher import LayerPatcher
 from mechdiff.callbacks.patcher import Where
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.interventions.sites import Site
 
 

@@ -26,14 +26,14 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, spread
+from mechdiff.callbacks.base import CausalEvaluation, Item
 from mechdiff.callbacks.graded import Openings, read_openings
 from mechdiff.callbacks.layer_curve import chosen, entry, is_curve
 from mechdiff.callbacks.layer_effects import effects
 from mechdiff.callbacks.layer_patcher import Columns, LayerPatcher, moved_by, to_donor, unpatched, wrong_site
 from mechdiff.callbacks.patcher import Direction, Side, Where
 from mechdiff.callbacks.third_model import nearer, similarities
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.functional.selection import ONSET_FLOOR, PROPOSED, largest

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, readable, spread
+from mechdiff.callbacks.base import CausalEvaluation, Item, readable
 from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.states import read_ends
 from mechdiff.config import LAYER_STRIDE
 from mechdiff.data.contrast import contrast
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import ConfigError
 from mechdiff.functional.handles import auroc
 from mechdiff.functional.probes import auroc_interval, best_probe

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import CausalEvaluation, Item, spread
+from mechdiff.callbacks.base import CausalEvaluation, Item
 from mechdiff.callbacks.graded import Openings, read_openings, refusing
 from mechdiff.callbacks.patcher import Patcher, Side, Where
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import PromptError
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.interventions.sites import Site

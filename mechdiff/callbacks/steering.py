@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mechdiff.callbacks.base import readable, spread
+from mechdiff.callbacks.base import readable
 from mechdiff.callbacks.handle_evaluation import ANSWER, Handle, residuals, subspaces, two_engines
 from mechdiff.callbacks.neutral_answers import neutral_sides
 from mechdiff.callbacks.side_effects import ANSWER_CHARS
@@ -31,7 +31,7 @@ from mechdiff.callbacks.sweep_effects import Arms, Targets, direction
 from mechdiff.callbacks.sweep_report import EDITS, INTO_TUNED, NONE, Key, SweepReport, quantity, smallest
 from mechdiff.config import ALPHA_GRID, K_SWEEP
 from mechdiff.data.contrast import NEED, Contrast, check_bound, contrast, needed
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import ConfigError
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine

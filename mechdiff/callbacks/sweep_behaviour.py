@@ -15,14 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import spread
 from mechdiff.callbacks.edited_answers import answer_edited
 from mechdiff.callbacks.graded import grades, read_openings
 from mechdiff.callbacks.handle_evaluation import Handle
 from mechdiff.callbacks.reading import Reading
 from mechdiff.callbacks.side_effects import answer_reach, turned
 from mechdiff.callbacks.sweep_effects import Targets, direction
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.functional.answers import same_answer
 from mechdiff.interventions.generation import stop_tokens
 from mechdiff.modules.base import DiffModule

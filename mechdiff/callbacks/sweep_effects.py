@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import spread
 from mechdiff.callbacks.handle_evaluation import Handle, same_end, two_sides
 from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.states import read_last
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.functional.metrics import kl_divergence, kl_from_logits
 from mechdiff.interventions.sites import Site
 from mechdiff.interventions.suffix import SuffixEngine

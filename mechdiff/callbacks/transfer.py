@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechdiff.callbacks.base import Item, readable, spread
+from mechdiff.callbacks.base import Item, readable
 from mechdiff.callbacks.graded import Openings, grades, read_openings
 from mechdiff.callbacks.handle_evaluation import (
     ENOUGH,
@@ -41,7 +41,7 @@ from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.reading import Reading
 from mechdiff.callbacks.transfer_fit import ALL, Fit, fit_languages
 from mechdiff.config import LAMBDA_GRID
-from mechdiff.data.prompts import Prompt, load_prompts
+from mechdiff.data.prompts import Prompt, load_prompts, spread
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.clt import map_states
 from mechdiff.functional.handles import random_basis

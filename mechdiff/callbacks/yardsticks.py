@@ -25,7 +25,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mechdiff.callbacks.base import Item, readable, spread
+from mechdiff.callbacks.base import Item, readable
 from mechdiff.callbacks.graded import grades, read_openings
 from mechdiff.callbacks.grafts import shared_rows
 from mechdiff.callbacks.handle_evaluation import CHOSEN, HandleEvaluation
@@ -40,7 +40,7 @@ from mechdiff.callbacks.side_effects import (
 )
 from mechdiff.callbacks.states import read_ends
 from mechdiff.data.contrast import contrast
-from mechdiff.data.prompts import Prompt
+from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import ConfigError, PromptError
 from mechdiff.functional.handles import reach_at_cost
 from mechdiff.functional.metrics import kl_divergence

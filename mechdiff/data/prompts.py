@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -90,6 +91,42 @@ def for_domain(prompts: Sequence[Prompt], domain: str) -> list[Prompt]:
     if domain != "cognitive" or not any(p.answer is not None for p in prompts):
         return list(prompts)
     return [replace(p, label="neutral") if p.answer is None else p for p in prompts]
+
+
+def spread(prompts: Sequence[Prompt], most: int | None) -> list[Prompt]:
+    """Take prompts in turn from each language and class until there are enough.
+
+    Within a class they are drawn in an order of their own, which does not depend on files or ids, so that a
+    few prompts stand for all topics and templates.
+
+    Args:
+        prompts: What there is.
+        most: How many; None takes all.
+
+    Returns:
+        The prompts taken, in the order given.
+    """
+    classes: dict[tuple[str, str], list[Prompt]] = defaultdict(list)
+    for prompt in sorted(prompts, key=lambda p: hashlib.sha256(p.text.encode()).digest()):
+        classes[prompt.lang, prompt.label].append(prompt)
+    columns = (classes[key] for key in sorted(classes))
+    turns = [p for turn in zip_longest(*columns) for p in turn if p is not None]
+    taken = set(turns[:most])
+    return [p for p in prompts if p in taken]
+
+
+def evenly(prompts: Sequence[Prompt], most: int | None) -> list[Prompt]:
+    """Take at most so many prompts of each split, language and class, as `spread` does.
+
+    Args:
+        prompts: What there is.
+        most: How many of each; None takes all.
+    """
+    groups: dict[tuple[str, str, str], list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        groups[prompt.split, prompt.lang, prompt.label].append(prompt)
+    taken = {p for group in groups.values() for p in spread(group, most)}
+    return [p for p in prompts if p in taken]
 
 
 def digest(prompts: Iterable[Prompt]) -> str:

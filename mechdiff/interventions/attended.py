@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mechdiff.errors import UsageError
 from mechdiff.functional.stats import generator
@@ -76,6 +76,9 @@ class _Growing(Stub):
         """Cut what is given for the whole batch to the rows whose attention is computed here."""
         if isinstance(value, DynamicCache):  # a copy for this run alone
             kept = value.layers[self.layer]
+            assert isinstance(kept, DynamicLayer)
+            assert kept.keys is not None
+            assert kept.values is not None
             kept.keys, kept.values = kept.keys[: self.before], kept.values[: self.before]
         elif isinstance(value, Tensor) and value.ndim and len(value) == self.total:
             return value[: self.before]

@@ -28,6 +28,8 @@ class GrowingLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write behind what is held, `(rows, heads, T, width)`, and return all of it."""
+        assert self.keys is not None
+        assert self.values is not None
         held = self.keys.shape[-2]
         length = held + key_states.shape[-2]
         if not self._fits(length):
@@ -40,7 +42,7 @@ class GrowingLayer(DynamicLayer):
 
     def _fits(self, length: int) -> bool:
         """Tell whether what is held still lies in the room, and more would."""
-        if self._room is None or self._room[0].shape[-2] < length:
+        if self.keys is None or self._room is None or self._room[0].shape[-2] < length:
             return False
         same = self.keys.data_ptr() == self._room[0].data_ptr()
         return same and self.keys.shape[0] == self._room[0].shape[0]

@@ -158,7 +158,8 @@ def run_attended(
         engine: Of the model.
         batch: What it reads.
         states: Its clean run.
-        attention: What is put in the place of a layer's, by layer, `(copies * rows, T, d_model)`, copy by copy.
+        attention: What is put in the place of a layer's, by layer, `(copies * rows, T, d_model)`, copy by
+            copy.
 
     Returns:
         Logits of all copies, in the order of the layers from the lowest up.

@@ -8,9 +8,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mechdiff.callbacks.base import spread
 from mechdiff.callbacks.graded import read_openings, refusing
 from mechdiff.callbacks.grafts import Grafts
+from mechdiff.data.prompts import spread
 from mechdiff.errors import ConfigError, PairError
 from mechdiff.functional.metrics import kl_divergence
 from mechdiff.interventions.grafts import graft

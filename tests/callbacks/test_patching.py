@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mechdiff.callbacks import MappedPatch
-from mechdiff.callbacks.base import spread
 from mechdiff.callbacks.graded import read_openings, refusing
 from mechdiff.callbacks.patcher import Patcher, Side, groups
 from mechdiff.data.join import join
@@ -356,17 +355,6 @@ def _shared_log_p(both, texts):
     for p in texts:
         ids = torch.tensor([encode(both.tuned.tokenizer, p.text).input_ids])
         yield run_logits(both.tuned.model, ids)[0].log_softmax(-1)[both.shared.tuned_ids]
-
-
-@pytest.mark.parametrize(("most", "count"), [(None, 16), (6, 6), (0, 0)])
-def test_prompts_are_taken_evenly(most, count):
-    texts = prompts()
-    chosen = spread(texts, most)
-    assert len(chosen) == count
-    assert [p.id for p in chosen] == [p.id for p in texts if p in chosen]
-    sizes = [sum((p.lang, p.label) == c for p in chosen) for c in {(p.lang, p.label) for p in texts}]
-    assert max(sizes) - min(sizes) <= 1
-    assert set(spread(texts[::-1], most)) == set(chosen)
 
 
 def _lines(refusing: int, complying: int) -> list[str]:

@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from mechdiff.data.prompts import Prompt, digest, load_prompts, select
+from mechdiff.data.prompts import Prompt, digest, evenly, load_prompts, select, spread
 from mechdiff.errors import PromptError
+from tests.callbacks.pairs import prompts
 
 ROW = {
     "id": "en-1",
@@ -123,3 +125,23 @@ def test_the_digest_follows_ids_texts_and_order_alone() -> None:
     assert digest([a, b]) == digest([other, b])
     assert len({digest(p) for p in ([a, b], [b, a], [a], [])}) == 4
     assert digest([a]) != digest([Prompt("a", "x ", "en", "neutral", "fit", "t", "u")])
+
+
+@pytest.mark.parametrize(("most", "count"), [(None, 16), (6, 6), (0, 0)])
+def test_prompts_are_taken_evenly(most, count):
+    texts = prompts()
+    chosen = spread(texts, most)
+    assert len(chosen) == count
+    assert [p.id for p in chosen] == [p.id for p in texts if p in chosen]
+    sizes = [sum((p.lang, p.label) == c for p in chosen) for c in {(p.lang, p.label) for p in texts}]
+    assert max(sizes) - min(sizes) <= 1
+    assert set(spread(texts[::-1], most)) == set(chosen)
+
+
+def test_so_many_of_each_split_language_and_class_are_taken():
+    texts = prompts()
+    few = evenly(texts, 2)
+    counts = Counter((p.split, p.lang, p.label) for p in texts)
+    assert Counter((p.split, p.lang, p.label) for p in few) == {key: min(2, n) for key, n in counts.items()}
+    assert [p.id for p in few] == [p.id for p in texts if p in few]
+    assert evenly(texts, None) == texts
