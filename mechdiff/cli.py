@@ -27,8 +27,7 @@ from mechdiff.callbacks import CausalEvaluation, CausalLoss
 from mechdiff.callbacks.graded import read_openings
 from mechdiff.config import SEED
 from mechdiff.data.activations import ActivationPairs
-from mechdiff.data.prompts import evenly, for_domain, load_prompts
-from mechdiff.errors import CheckpointError, ConfigError, UsageError, in_one_line
+from mechdiff.errors import CheckpointError, UsageError, in_one_line
 from mechdiff.extraction.spec import ExtractionSpec, width
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.modules import DiffModule
@@ -108,10 +107,9 @@ class MechdiffCLI(LightningCLI):
         parser.add_argument(MAY_READ, type=str | None, default=None, help=read_help)
         layers_help = "Layers or sites; fallback, stride, from_rq1; or the results.json of an rq1 run."
         parser.add_argument("--layers", type=list[int | str] | str, default="fallback", help=layers_help)
-        most_help = (
-            "Prompts of each split, language and class that are read, drawn by their text; null reads all."
+        parser.add_argument(
+            "--max_prompts", type=int | None, help="Prompts of each split, language and class"
         )
-        parser.add_argument("--max_prompts", type=int | None, default=None, help=most_help)
         parser.add_argument("--dry-run", action="store_true", help=costs.ABOUT)
         parser.add_class_arguments(ExtractionSpec, "extraction")
         for name in ("d_source", "d_target", "noise"):
@@ -174,12 +172,7 @@ class MechdiffCLI(LightningCLI):
             trainer.default_root_dir = self._scratch.name
         self._settle_seed()
         spec = prepare.pair_spec(cfg.get("pair"), OneLineParser.typed)
-        if cfg.max_prompts is not None and cfg.max_prompts < 1:
-            raise ConfigError(
-                f"max_prompts is {cfg.max_prompts}; allowed: 1 or more, or null (key: max_prompts)"
-            )
-        prompts = evenly(for_domain(load_prompts(spec.prompts), spec.domain), cfg.max_prompts)
-        self.prompts = prepare.few(prompts) if self.fast else prompts
+        self.prompts = prepare.prompts_of(spec, cfg.max_prompts, self.fast)
         if spec.openings:
             read_openings(Path(spec.openings))  # a mistake in them would show after the fit only
         data, model = cfg.data.init_args, cfg.model.init_args

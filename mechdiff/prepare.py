@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mechdiff.config import LAYER_STRIDE, fallback_layers
-from mechdiff.data.prompts import Prompt, select
+from mechdiff.data.prompts import Prompt, evenly, for_domain, load_prompts, select
 from mechdiff.data.store import ActivationStore
 from mechdiff.errors import ConfigError, PairError, PromptError, cut
 from mechdiff.extraction.extractor import ensure_store, store_identity
@@ -263,6 +263,24 @@ def make_absolute(config: Namespace) -> None:
             continue
         if value and (key != "ckpt_path" or value != "last"):
             config[key] = os.path.abspath(os.path.expanduser(value))
+
+
+def prompts_of(spec: PairSpec, most: int | None, fast: bool) -> list[Prompt]:
+    """Read the prompts of a pair.
+
+    Args:
+        spec: The pair.
+        most: How many of each split, language and class; None takes all.
+        fast: Whether a handful is enough.
+
+    Raises:
+        ConfigError: If `most` is below 1.
+        PromptError: If a file is not as it should be.
+    """
+    if most is not None and most < 1:
+        raise ConfigError(f"max_prompts is {most}; allowed: 1 or more, or null (key: max_prompts)")
+    prompts = evenly(for_domain(load_prompts(spec.prompts), spec.domain), most)
+    return few(prompts) if fast else prompts
 
 
 def few(prompts: Sequence[Prompt]) -> list[Prompt]:

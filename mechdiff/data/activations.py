@@ -226,7 +226,7 @@ class _Rows(Dataset):
 
     def __getitem__(self, rows: Tensor) -> dict[str, Any]:
         sides = [
-            {name: store.read(name, index[rows]) for name in names}
+            store.read_sites(names, index[rows])
             for store, names, index in zip(self.stores, self.sites, self.joined[:2], strict=True)
         ]
         return {

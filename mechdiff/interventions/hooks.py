@@ -51,13 +51,15 @@ def blocks_path(model: nn.Module) -> str:
     if config is None or getattr(config, "is_encoder_decoder", False):
         raise UsageError(f"{name} is not a decoder-only transformers model (key: pair)")
     count = config.get_text_config(decoder=True).num_hidden_layers
-    paths = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    depth = min((path.count(".") for path in paths), default=0)
-    shallowest = [path for path in paths if path.count(".") == depth]
+    level, shallowest = {"": model}, list[str]()
+    while level and not shallowest:  # level by level: what lies within the blocks is not looked at
+        level = {
+            f"{path}.{child}" if path else child: module
+            for path, parent in level.items()
+            for child, module in parent.named_children()
+        }
+        lists = {path: module for path, module in level.items() if isinstance(module, nn.ModuleList)}
+        shallowest = [path for path, module in lists.items() if len(module) == count]
     if len(shallowest) != 1:
         found = f"found {len(shallowest)} lists of that length"
         raise UsageError(f"cannot tell which are the {count} decoder blocks of {name}: {found} (key: pair)")

@@ -161,21 +161,18 @@ def continuation_logprobs(
     """
     model, device = reader.engine.model, reader.device
     prefix = reader.read(context[:-1])
-    free, within, allowed, following = torch.zeros(len(texts)).double(), None, None, None
+    free, within = torch.zeros(2, len(texts)).double()
+    allowed, following = None, None
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), tuple(texts[i])))
     for batch in _batches(order, texts, tokens_per_batch):
         layout = lay_out(context[-1], [texts[i] for i in batch], device)
         logits = run_logits(model, layout.tokens, layout.mask, layout.columns, prefix)
-        free[batch] = total_logprobs(logits, layout).cpu()
-        if allowed_ids is not None:
-            if allowed is None or within is None:
-                allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
-                allowed[allowed_ids.to(device)] = True
-                within = torch.zeros_like(free)
-            within[batch] = free[batch] if allowed.all() else total_logprobs(logits, layout, allowed).cpu()
+        if allowed is None:
+            allowed = _allowed(allowed_ids, logits)
+        free[batch], within[batch] = _both(logits, layout, allowed)
         following = logits[0, 0] if following is None else following
     assert following is not None
-    return Likelihoods(free, within, following)
+    return Likelihoods(free, None if allowed is None else within, following)
 
 
 @torch.no_grad()
@@ -213,13 +210,10 @@ def _together(
     cache, logits = out.past_key_values, out.logits
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return [continuation_logprobs(reader, *one, allowed_ids, most) for one in asked]
-    allowed = None
-    if allowed_ids is not None:
-        allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
-        allowed[allowed_ids.to(device)] = True
+    allowed = _allowed(allowed_ids, logits)
     texts = [(row, tuple(text)) for row, (_, own) in enumerate(asked) for text in own]
     first = _follow([text[:1] for _, text in texts], [row for row, _ in texts], tokens, mask)
-    free, within = (total_logprobs(logits, first, which).cpu() for which in (None, allowed))
+    free, within = _both(logits, first, allowed)
     longer = sorted((n for n, (_, text) in enumerate(texts) if len(text) > 1), key=lambda n: len(texts[n][1]))
     for part in _batches(longer, [text for _, text in texts], most):
         read = list(dict.fromkeys((texts[n][0], texts[n][1][:-1]) for n in part))
@@ -235,11 +229,27 @@ def _together(
         ).logits
         which_row = [number[texts[n][0], texts[n][1][:-1]] for n in part]
         rest = _follow([texts[n][1][1:] for n in part], which_row, ids, real)
-        free[part] += total_logprobs(after, rest).cpu()
-        within[part] += total_logprobs(after, rest, allowed).cpu()
+        for whole, more in zip((free, within), _both(after, rest, allowed), strict=True):
+            whole[part] += more
     counts = [len(own) for _, own in asked]
     parts = zip(free.split(counts), within.split(counts), logits[:, 0], strict=True)
     return [Likelihoods(a, None if allowed is None else b, c) for a, b, c in parts]
+
+
+def _allowed(ids: Tensor | None, logits: Tensor) -> Tensor | None:
+    """Return which tokens of the vocabulary are among some ids; None if there are none."""
+    if ids is None:
+        return None
+    allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    allowed[ids.to(logits.device)] = True
+    return allowed
+
+
+def _both(logits: Tensor, layout: Layout, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum log-probabilities over all tokens, and over those allowed, which are often all."""
+    free = total_logprobs(logits, layout).cpu()
+    whole = allowed is None or bool(allowed.all())
+    return free, free.clone() if whole else total_logprobs(logits, layout, allowed).cpu()
 
 
 def _follow(texts: Sequence[Sequence[int]], rows: list[int], tokens: Tensor, mask: Tensor) -> Layout:

@@ -59,6 +59,16 @@ def test_rows_in_any_order(store):
         store.read(Site(2), torch.tensor([len(store)]))
 
 
+def test_sites_of_several_passes_are_read_together(store):
+    rows, names = torch.tensor([7, 0, len(store) - 1, 7]), ["resid_post.2", "mlp_out.0", "resid_post.1"]
+    found = store.read_sites(names, rows)
+    assert list(found) == names
+    assert all(torch.equal(found[name], store.read(name)[rows]) for name in names)
+    assert list(store.read_sites([Site(2)])) == [Site(2)]
+    with pytest.raises(StoreError, match=r"does not hold site resid_post\.0"):
+        store.read_sites(["resid_post.2", "resid_post.0"], rows)
+
+
 def test_rows_are_those_that_h5py_reads(store):
     part = store._pass("mlp_out.0")
     shards = []
