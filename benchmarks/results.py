@@ -68,7 +68,14 @@ def hardware() -> str:
     """Name the devices of this machine."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    return f"{_processor()}, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def _processor() -> str:
+    """Return what Linux calls the processor, else that it is one."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8", errors="replace").splitlines() if told.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
 def append(lines: Iterable[Mapping[str, Any]], path: Path = RESULTS) -> None:

@@ -54,4 +54,5 @@ def limit(theirs: float, ours: float, seconds: tuple[float, float], rate: float)
         for ops in (theirs, ours)
     )
     took = f"measured {seconds[0]:.2f} s and {seconds[1]:.2f} s"
-    return f"operations allow {theirs / ours:.2f}: theirs are {a}, ours {b}; {took}"
+    best = f"against what theirs took, ours could reach {seconds[0] * rate / ours:.2f} at that rate"
+    return f"operations allow {theirs / ours:.2f}: theirs are {a}, ours {b}; {took}; {best}"

@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +29,14 @@ from mechdiff.data import prompts as prompt_files
 from mechdiff.data.manifest import MANIFEST, Contents, Example, Pass, StoreIdentity, passes, unwritable
 from mechdiff.data.prompts import Prompt
 from mechdiff.data.store import DTYPES, ActivationStore
-from mechdiff.errors import ActivationError, UsageError
+from mechdiff.errors import ActivationError, ConfigError, UsageError
 from mechdiff.extraction.lock import alone, first
 from mechdiff.extraction.memory import Parts
 from mechdiff.extraction.plan import Batch, Plan, PlannedBatches, PlannedShard, deal, encode_prompts
 from mechdiff.extraction.spec import ExtractionSpec, check_room, width
 from mechdiff.extraction.transfer import HostCopies
 from mechdiff.extraction.writer import ActivationWriter, Prediction
+from mechdiff.interventions.compiled import compiled
 from mechdiff.interventions.hooks import record, stop_after
 from mechdiff.interventions.sites import Site, check_layers
 from mechdiff.interventions.suffix import prefill, run
@@ -212,6 +213,10 @@ def ensure_store(
     """
     wanted = sorted({Site.parse(site) for site in sites})
     check_layers(wanted, model.depth)
+    if spec.compile and model.spread:
+        raise ConfigError(
+            "compile is true for a model over several cards; allowed: false (key: extraction.compile)"
+        )
     prefix, suffix = template_tokens(model.tokenizer)
     identity = store_identity(model, prompts, spec.check(), prefix, suffix)
     folder = Path(os.path.abspath(spec.root)) / identity.key
@@ -219,7 +224,7 @@ def ensure_store(
     contents = Contents(identity, examples, prefix, suffix)
     described = (folder / MANIFEST).exists() and Contents.read(folder) == contents
     if not described or _todo(folder, identity.key, wanted):
-        with alone(folder):
+        with alone(folder), compiled(model.model) if spec.compile else nullcontext():
             if first():  # a new topic or label of an old text is no reason to extract again
                 contents.write(folder)
             todo = _todo(folder, identity.key, wanted)
@@ -237,8 +242,9 @@ def store_identity(
 ) -> StoreIdentity:
     """Say what a store would be made from, without making it."""
     tokenizer, template = tokenizer_hashes(model.tokenizer, prefix, suffix)
+    how = "+compiled" if spec.compile else ""
     return StoreIdentity(
-        model=f"{model.fingerprint}/{str(model.model.dtype).removeprefix('torch.')}",
+        model=f"{model.fingerprint}{how}/{str(model.model.dtype).removeprefix('torch.')}",
         tokenizer=tokenizer,
         template=template,
         prompts=prompt_files.digest(prompts),

@@ -39,6 +39,8 @@ class ExtractionSpec:
     """Tokens of a batch, padding included."""
     batches_per_shard: int = 16
     """Batches per file; an interrupted run loses at most one file per process."""
+    compile: bool = False
+    """Compile norms and MLPs: an eighth faster on an H100 where the disk keeps up, with other rounding."""
 
     def check(self) -> ExtractionSpec:
         """Refuse values out of range.
