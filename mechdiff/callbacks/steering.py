@@ -23,6 +23,7 @@ import torch
 from mechdiff.callbacks.base import readable
 from mechdiff.callbacks.handle_evaluation import ANSWER, Handle, residuals, subspaces, two_engines
 from mechdiff.callbacks.neutral_answers import neutral_sides
+from mechdiff.callbacks.patcher import Side
 from mechdiff.callbacks.side_effects import ANSWER_CHARS
 from mechdiff.callbacks.sweep_behaviour import generated, graded, translations
 from mechdiff.callbacks.sweep_controls import Controls, Random
@@ -34,7 +35,6 @@ from mechdiff.data.contrast import NEED, Contrast, check_bound, contrast, needed
 from mechdiff.data.prompts import Prompt, spread
 from mechdiff.errors import ConfigError
 from mechdiff.interventions.sites import Site
-from mechdiff.interventions.suffix import SuffixEngine
 from mechdiff.modules.base import DiffModule, missing
 from mechdiff.pairs.loading import LoadedPair
 from mechdiff.results import Record
@@ -145,10 +145,11 @@ class Steering(SweepReport):
         best = {site: float(found.recovery().max()) for site, found in arms.items()}
         tested = sorted(sites, key=lambda site: (best[site], site), reverse=True)[: self.tested_sites]
         final = Targets(pair, engines, parts["eval"].target, read)
-        costs = {
-            split: self._neutral(module, pair, engines, part.neutral, tested, split)
-            for split, part in parts.items()
-        }
+        neutral = {split: part.neutral for split, part in parts.items()}
+        sides = {split: neutral_sides(pair, engines, few) for split, few in neutral.items()}
+        costs: dict[str, dict[str, Neutral]] = {split: {} for split in parts}
+        for where in self.directions:
+            costs["dev"][where] = self._neutral(module, pair, sides["dev"], neutral["dev"], tested, where)
         for site in self.track(tested, "tests"):
             chosen: dict[Key, Handle] = {}
             able: set[Key] = set()
@@ -161,6 +162,9 @@ class Steering(SweepReport):
                     about = self._about(site, "dev", cell, ANSWER)
                     yield from costs["dev"][where].records(cell, cost, about)
             yield from self._chosen(site, chosen, swept, able, len(dev.prompts))
+            for where in sorted({direction(cell.kind) for cell in chosen.values()} - set(costs["eval"])):
+                given = sides["eval"], neutral["eval"]
+                costs["eval"][where] = self._neutral(module, pair, *given, tested, where)
             controls = Controls(subspaces(module), site, ks, self.alphas, dev, final, self.seed)
             yield from self._controls(controls, wrong[site])
             random = self._drawn(module, controls, chosen)
@@ -201,20 +205,17 @@ class Steering(SweepReport):
         self,
         module: DiffModule,
         pair: LoadedPair,
-        engines: tuple[SuffixEngine, SuffixEngine],
+        sides: tuple[Side, Side],
         prompts: Sequence[Prompt],
         sites: Sequence[Site],
-        split: Any,
-    ) -> dict[str, Neutral]:
-        base, tuned = neutral_sides(pair, engines, prompts)
-        ids, found = translations(pair), {}
-        for where in self.directions:
-            sides = (base, tuned) if where == "into_base" else (tuned, base)
-            chars = self.answer_chars
-            found[where] = Neutral(module, *sides, sites, pair.spec.domain, ids[where], chars, self.seed)
-            if not self.fast:  # as many as are left
-                left = prompts[: len(found[where].kept)]
-                check_bound(left, split, min(self.min_neutral, needed()))
+        where: str,
+    ) -> Neutral:
+        """Let the model that is edited answer neutral prompts of one split, which both have read."""
+        mine, other = sides if where == "into_base" else sides[::-1]
+        ids, chars = translations(pair)[where], self.answer_chars
+        found = Neutral(module, mine, other, sites, pair.spec.domain, ids, chars, self.seed)
+        if not self.fast:  # as many as are left
+            check_bound(prompts[: len(found.kept)], prompts[0].split, min(self.min_neutral, needed()))
         return found
 
     # --- what is tested -------------------------------------------------------------------------------------
