@@ -46,15 +46,20 @@ def patch_heads(
     Returns:
         Logits, `(heads, rows, ...)`.
     """
-    order = sorted(range(len(heads)), key=lambda i: heads[i][0])
+    found = states.logits.repeat(len(heads), *[1] * states.logits.ndim)
+    # Where a baseline differs in nothing, nothing is run: the difference is 0 on every processor.
+    moved = [i for i, (layer, _) in enumerate(heads) if baseline.z is None or layer in baseline.z]
+    moved.sort(key=lambda i: heads[i][0])
     given: dict[int, Tensor] = {}
-    for layer in sorted({layer for layer, _ in heads}):
-        chosen = [heads[i][1] for i in order if heads[i][0] == layer]
+    for layer in sorted({heads[i][0] for i in moved}):
+        chosen = [heads[i][1] for i in moved if heads[i][0] == layer]
         moves = head_changes(states.z[layer], head_weights(engine.model, layer), baseline, layer, chosen)
         moves = (moves * baseline.counted(batch)[..., None, None]).movedim(2, 0)
         given[layer] = (states.attention[layer] + moves.to(states.attention[layer])).flatten(0, 1)
-    logits = run_attended(engine, batch, states, given).unflatten(0, (len(heads), -1))
-    return logits[torch.tensor(order).argsort().to(logits.device)]
+    if given:
+        logits = run_attended(engine, batch, states, given)
+        found[torch.tensor(moved, device=found.device)] = logits.unflatten(0, (len(moved), -1))
+    return found
 
 
 def head_changes(
