@@ -31,7 +31,7 @@ RUNS = {"rq1": ("test", "rq1"), "rq2": ("fit", "clt"), "rq3": ("fit", "steering"
 """Verb of a question and the beginning of its configuration's name."""
 MINUTES = {"rq1": 9.0, "rq2": 2.5, "rq3": 18.0, "rq4": 7.0}
 """Expected on two cores for the embedded pairs; only the remaining time shown rests on it."""
-HASTE = 0.33
+HASTE = 0.17
 """What a quick study takes of that."""
 QUICK = "quick"
 """Folder of configurations that replace numbers of prompts and sweeps by smaller ones."""

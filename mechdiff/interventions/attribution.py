@@ -147,7 +147,7 @@ def integrated_gradients(
         engine: Of the model.
         batch: What it reads.
         score: What is attributed.
-        layers: Whose heads, ascending; all by default.
+        layers: Whose heads; all by default. They are returned from the lowest up.
         baseline: Where the lines start.
         steps: Gauss–Legendre nodes.
         states: From `clean_states`; computed if not given.
@@ -156,7 +156,7 @@ def integrated_gradients(
         UsageError: If the baseline does not have the model's heads.
     """
     _check({"baseline": baseline}, num_heads(engine.model))
-    layers = list(head_layers(engine.model) if layers is None else layers)
+    layers = sorted(head_layers(engine.model) if layers is None else layers)
     states = clean_states(engine.model, batch, layers) if states is None else states
     nodes, shares = gauss_legendre(steps)
     rows, counted = len(batch.tokens), baseline.counted(batch)[..., None]

@@ -155,6 +155,8 @@ def test_integrated_gradients_are_complete(arch, monkeypatch):
         alone = integrated_gradients(engine, batch, score, [layer], baseline, 32)
         assert (alone.values[:, 0] - found.values[:, layer]).abs().max() < 1e-9
         assert (alone.start[0] - found.start[layer]).abs().max() < 1e-9
+    turned = integrated_gradients(engine, batch, score, range(LAYERS)[::-1], baseline, 32)
+    assert all(torch.equal(a, b) for a, b in zip(turned, found, strict=True))
     monkeypatch.setattr(attribution, "TOKENS_WITH_GRADIENT", 2 * batch.tokens.numel())
     cut = integrated_gradients(engine, batch, score, None, baseline, 32)
     assert (cut.values - found.values).abs().max() < 1e-9
