@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -286,7 +287,10 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
     parser.add_argument(
-        "--work", type=Path, default=Path("/tmp/mechdiff-gpu-multi"), help="room for models and stores"
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir(), "mechdiff-gpu-multi"),
+        help="room for models and stores",
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--processes", type=int, nargs="+", help="numbers of processes to compare, 1 first")

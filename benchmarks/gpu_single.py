@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -403,7 +404,12 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     """Run the parts that are asked for and return what they measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/mechdiff-gpu-single"), help="room for stores")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir(), "mechdiff-gpu-single"),
+        help="room for stores",
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tokens", type=int, help="tokens to extract")
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU")

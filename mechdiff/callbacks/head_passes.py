@@ -51,7 +51,7 @@ def joint_scores(case: Case, baseline: Baseline, sets: Tensor, layers: Sequence[
     rows, model, found = len(batch.tokens), case.side.loaded.model, []
     for part in parts(range(len(sets)), batch):
         chosen = sets[list(part)].to(batch.tokens.device).repeat_interleave(rows, 0)
-        many = _copied(batch, len(part))
+        many = batch.copies(len(part))
         picks = {layer: chosen[:, i] for i, layer in enumerate(layers)}
         with intervene(model, exchange(model, many, picks, given)):
             logits = many.run(model)
@@ -70,11 +70,3 @@ def integrated(case: Case, baseline: Baseline, layers: Sequence[int], steps: int
 def _placed(case: Case, batch: Batch) -> Batch:
     where = case.inner[:, case.start :].expand(len(batch.tokens), -1)
     return Batch(batch.tokens, batch.mask, where, batch.logits_at, batch.prefix)
-
-
-def _copied(batch: Batch, copies: int) -> Batch:
-    def copied(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part.repeat(copies, *[1] * (part.ndim - 1))
-
-    tokens = batch.tokens.repeat(copies, 1)
-    return Batch(tokens, copied(batch.mask), copied(batch.where), copied(batch.logits_at), batch.prefix)

@@ -50,6 +50,15 @@ class Batch:
             return chosen
         return chosen & (torch.arange(chosen.shape[1], device=chosen.device) > 0)
 
+    def copies(self, count: int) -> Batch:
+        """Return the rows so many times, copy by copy, after the same prefix."""
+
+        def copied(part: Tensor | None) -> Tensor | None:
+            return None if part is None else _copied(part, count)
+
+        tokens = _copied(self.tokens, count)
+        return Batch(tokens, copied(self.mask), copied(self.where), copied(self.logits_at), self.prefix)
+
     def run(self, model: nn.Module) -> Tensor:
         """Run a model on the rows."""
         return run_logits(model, self.tokens, self.mask, self.logits_at, self.prefix)
@@ -168,14 +177,9 @@ def run_attended(
     for layer, given in sorted(attention.items()):
         hidden = states.hidden.get(layer)
         starts.append(Start(layer, None if hidden is None else _copied(hidden, len(given) // rows), given))
-    copies = sum(len(start.attention) for start in starts) // rows
+    many = batch.copies(sum(len(start.attention) for start in starts) // rows)
     return resume_attended(
-        engine,
-        starts,
-        _copied(batch.tokens, copies),
-        None if batch.mask is None else _copied(batch.mask, copies),
-        prefix=batch.prefix,
-        logits_at=None if batch.logits_at is None else _copied(batch.logits_at, copies),
+        engine, starts, many.tokens, many.mask, prefix=many.prefix, logits_at=many.logits_at
     )
 
 
